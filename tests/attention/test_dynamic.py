@@ -213,6 +213,14 @@ def test_memory_is_quadratic_with_scores_and_linear_in_chunks() -> None:
     assert used.numel <= 512 * 8 + 8, used.numel
 
 
+def test_chunks_of_deleted_entries_only() -> None:
+    q, k, v = make(dtype=torch.float64)
+    attention = DynamicAttention(q, k, v, lazy_threshold=0, chunk_size=2)
+    for index in (0, 1, 4, 5):
+        attention.delete(index)
+    assert_exact(attention, q, None, 1e-12)
+
+
 def test_slots_are_reused() -> None:
     q, k, v = make(entries=8, dtype=torch.float64)
     attention = DynamicAttention(q, k, v)

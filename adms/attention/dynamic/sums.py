@@ -104,8 +104,6 @@ def exchanged(
     before = sums * shrink
     after = before + weights @ torch.cat([old_summands, new_summands], -2)
     passed = before[..., -2:].abs() + after[..., -2:].abs()
-    # What was added can exceed what remains: an entry of the largest value came and another left.
-    passed = passed + weights[..., new_scores.shape[-1] :] @ new_summands[..., -2:]
     return after, higher, drift * shrink + passed
 
 
