@@ -41,7 +41,7 @@ make_environment() {
 }
 
 pip_install() {
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-input "$@" ||
+  "$PYTHON" -m pip install -qq --disable-pip-version-check --no-input "$@" ||
     fail "pip could not install: $*
 Its message is above. A package index must be reachable (PyPI, or the one that PIP_INDEX_URL names),
 and some GB of disk be free. Run the script again to go on; what is downloaded stays."
