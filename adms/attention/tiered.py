@@ -1,0 +1,375 @@
+"""Attention over the tiers of one layer: what transformers calls in place of its own attention.
+
+Keys are rotated here, at their positions in the cache, every time they are read; scores get each
+entry's log-weight and the mask of its layer's own state.
+
+Shapes: ``B`` rows, ``H`` query heads, ``K`` KV heads, ``G = H / K``, ``Q`` new tokens, ``N``
+entries, ``D``/``E`` head sizes of keys/values.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from adms.binding import PositionScheme
+from adms.cache import ADMSKVCache, ADMSLayer
+from adms.entries import Entries
+from adms.positions import ForwardView, MiddleGeometry, MiddleView
+
+
+@dataclass
+class Part:
+    """Entries of one tier with their cache positions ``[B, N]``; ``tables`` rotate them."""
+
+    entries: Entries
+    positions: torch.Tensor
+    tables: Any
+
+
+def attend(
+    cache: ADMSKVCache,
+    layer: ADMSLayer,
+    scheme: PositionScheme,
+    query: torch.Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Attention of the pass's queries over everything the layer retains.
+
+    Args:
+        cache: the cache, with a pass under way.
+        layer: the layer, which has received the pass's keys and values.
+        scheme: how positions enter.
+        query: ``[B, H, Q, D]`` before positions.
+        scaling: factor of the scores.
+        dropout: probability of dropping an attention weight.
+        softcap: bound of the scores by tanh, or None.
+
+    Returns:
+        ``[B, Q, H, E]``.
+    """
+    view = cache.require_view()
+    layer.keep_queries(query)
+    geometry = layer.middle.plan.geometry if layer.middle is not None else None
+    parts = _parts(cache, layer, scheme, view, geometry, query)
+    query_positions, query_tables = _shared(
+        view, ("query", geometry), lambda: view.query_positions(geometry), scheme, query
+    )
+    keys = [scheme.rotate(part.entries.keys, part.tables) for part in parts]
+    values = [part.entries.values for part in parts]
+    rotated = scheme.rotate(query, query_tables)
+    bias = _bias(layer, scheme, view, geometry, parts, query_positions, query)
+    return grouped_attention(
+        rotated,
+        keys[0] if len(keys) == 1 else torch.cat(keys, dim=2),
+        values[0] if len(values) == 1 else torch.cat(values, dim=2),
+        bias,
+        is_causal=bias is None and query.shape[2] > 1,
+        scaling=scaling,
+        dropout=dropout,
+        softcap=softcap,
+    )
+
+
+def grouped_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    is_causal: bool,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Softmax attention of ``[B, H, Q, D]`` queries over ``[B, K, N, D]`` keys.
+
+    Args:
+        bias: ``[B or 1, 1 or K or H, Q or 1, N]`` added to the scores, or None.
+        is_causal: query ``i`` sees keys ``0..i`` only (needs ``Q == N`` and no bias).
+
+    Returns:
+        ``[B, Q, H, E]``.
+    """
+    rows, heads, count, _ = query.shape
+    kv_heads = keys.shape[1]
+    group = heads // kv_heads
+    if softcap is not None:
+        return _softcapped(query, keys, values, bias, is_causal, scaling, dropout, softcap)
+    if group == 1 or is_causal:
+        output = scaled_dot_product_attention(
+            query,
+            keys,
+            values,
+            attn_mask=bias,
+            dropout_p=dropout,
+            is_causal=is_causal,
+            scale=scaling,
+            enable_gqa=group > 1,
+        )
+        return output.transpose(1, 2)
+    # The queries of a group become further rows over their KV head, so keys are never repeated.
+    packed = query.unflatten(1, (kv_heads, group)).flatten(2, 3)
+    if bias is not None:
+        bias = _pack_bias(bias, kv_heads, group, count)
+    output = scaled_dot_product_attention(
+        packed, keys, values, attn_mask=bias, dropout_p=dropout, scale=scaling
+    )
+    return output.unflatten(2, (group, count)).flatten(1, 2).transpose(1, 2)
+
+
+def _pack_bias(bias: torch.Tensor, kv_heads: int, group: int, count: int) -> torch.Tensor:
+    """A bias per head or KV head in the order of packed queries."""
+    if bias.shape[1] in (1, kv_heads):
+        if bias.shape[2] == 1:
+            return bias
+        return bias.repeat(1, 1, group, 1)
+    bias = bias.expand(-1, -1, count, -1)
+    return bias.unflatten(1, (kv_heads, group)).flatten(2, 3)
+
+
+def _softcapped(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    is_causal: bool,
+    scaling: float,
+    dropout: float,
+    softcap: float,
+) -> torch.Tensor:
+    """Attention whose scores pass a tanh before bias and softmax, which fused kernels lack."""
+    kv_heads = keys.shape[1]
+    grouped = query.unflatten(1, (kv_heads, -1))
+    scores = grouped @ keys[:, :, None].transpose(-1, -2) * scaling
+    scores = torch.tanh(scores / softcap) * softcap
+    if is_causal:
+        count = query.shape[2]
+        future = torch.ones(count, count, dtype=torch.bool, device=query.device).triu(1)
+        scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
+    if bias is not None:
+        if bias.shape[1] == query.shape[1] and bias.shape[1] != kv_heads:
+            scores = scores + bias.unflatten(1, (kv_heads, -1))
+        else:
+            scores = scores + bias[:, :, None]
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = torch.nn.functional.dropout(weights, p=dropout)
+    return (weights @ values[:, :, None]).flatten(1, 2).transpose(1, 2)
+
+
+def _shared(
+    view: ForwardView, key: object, positions: Any, scheme: PositionScheme, like: torch.Tensor
+) -> tuple[torch.Tensor, Any]:
+    """Positions and tables that all layers of one kind share within a pass."""
+    # A model split over devices needs the tables on each of them.
+    full_key = (key, id(scheme), like.device)
+    if full_key not in view.shared:
+        found = positions().to(like.device)
+        view.shared[full_key] = (found, scheme.tables(found, like))
+    return view.shared[full_key]  # type: ignore[return-value]
+
+
+def _parts(
+    cache: ADMSKVCache,
+    layer: ADMSLayer,
+    scheme: PositionScheme,
+    view: ForwardView,
+    geometry: MiddleGeometry | None,
+    like: torch.Tensor,
+) -> list[Part]:
+    """The layer's tiers in the order attention lays them out."""
+    if layer.exact is None or cache.timeline is None:
+        raise RuntimeError("attention before the layer received its tokens")
+    parts = []
+    start, stop = view.exact_slice
+    if stop > start:
+        entries = Entries(
+            layer.exact.keys[:, :, start:stop], layer.exact.values[:, :, start:stop]
+        )
+        positions, tables = _shared(
+            view,
+            ("exact", geometry),
+            lambda: view.exact_positions(view.exact_tokens()[0], geometry),
+            scheme,
+            like,
+        )
+        parts.append(Part(entries, positions, tables))
+    if layer.middle is not None and geometry is not None:
+        parts += _middle_parts(cache, layer, scheme, view, geometry, like)
+    if layer.staged is not None:
+        positions, tables = _shared(
+            view, ("query", geometry), lambda: view.query_positions(geometry), scheme, like
+        )
+        parts.append(Part(layer.staged, positions, tables))
+    return parts
+
+
+def _middle_parts(
+    cache: ADMSKVCache,
+    layer: ADMSLayer,
+    scheme: PositionScheme,
+    view: ForwardView,
+    geometry: MiddleGeometry,
+    like: torch.Tensor,
+) -> list[Part]:
+    if layer.middle is None or cache.timeline is None:
+        return []
+    timeline = cache.timeline
+    totals = [timeline.middle_tokens(row) for row in range(timeline.batch_size)]
+    entries = layer.middle.read(totals)
+    if entries is None:
+        return []
+    middle = view.middle(geometry)
+    positions, tables = _shared(
+        view, ("middle", geometry), lambda: middle.positions, scheme, like
+    )
+    parts = [Part(_with_valid(entries, middle.valid, like.device), positions, tables)]
+    if geometry.landmarks and any(geometry.is_coded(total) for total in totals):
+        marks = layer.middle.landmarks()
+        coded = torch.tensor([geometry.is_coded(total) for total in totals], device=like.device)
+        tokens = torch.where(coded[:, None], marks.tokens, -1)
+        # A landmark's code is masked as long as it is still there.
+        is_mark = (middle.tokens.to(like.device)[:, :, None] == tokens[:, None, :]).any(2)
+        valid = ~is_mark if parts[0].entries.valid is None else parts[0].entries.valid & ~is_mark
+        parts[0].entries = _with_valid(entries, valid, like.device)
+        places = landmark_positions(tokens, middle, view)
+        exact = _with_valid(marks.entries, tokens >= 0, like.device)
+        parts.append(Part(exact, places, scheme.tables(places, like)))
+    return parts
+
+
+def _with_valid(entries: Entries, valid: torch.Tensor | None, device: torch.device) -> Entries:
+    if valid is None:
+        return entries
+    return Entries(
+        entries.keys, entries.values, entries.log_weight, entries.positions, valid.to(device)
+    )
+
+
+def landmark_positions(
+    tokens: torch.Tensor, middle: MiddleView, view: ForwardView
+) -> torch.Tensor:
+    """Cache positions ``[B, L]`` of landmarks at text positions ``tokens``.
+
+    One whose code is still held takes the code's place. Older ones share the span set aside
+    between sinks and codes: evenly ("grid"), in proportion to the text ("mean"), or halfway.
+    """
+    device = tokens.device
+    sink = view.sizes.sink
+    first, span = middle.landmark_first.to(device)[:, None], middle.landmark_span.to(device)[:, None]
+    scale = middle.scale.to(device)[:, None]
+    if view.text_positions:
+        return tokens.clamp(min=0).float()
+    among_codes = sink + span + (tokens - first) * scale
+    is_old = (tokens >= 0) & (tokens < first)
+    rank = torch.where(is_old, tokens, 2**40).argsort(1).argsort(1).float()
+    count = is_old.sum(1, keepdim=True).clamp(min=1)
+    by_grid = (rank + 0.5) / count
+    by_mean = (tokens - sink + 0.5) / (first - sink).clamp(min=1)
+    match view.anchor_mode:
+        case "grid":
+            place = by_grid
+        case "mean":
+            place = by_mean
+        case _:
+            place = (by_grid + by_mean) / 2
+    old = sink + place * span - 0.5 * (span > 0)
+    return torch.where(is_old, old, among_codes).clamp(min=0).float()
+
+
+def _bias(
+    layer: ADMSLayer,
+    scheme: PositionScheme,
+    view: ForwardView,
+    geometry: MiddleGeometry | None,
+    parts: list[Part],
+    query_positions: torch.Tensor,
+    query: torch.Tensor,
+) -> torch.Tensor | None:
+    """What is added to the scores, or None where plain (or plain causal) attention is right."""
+    has_landmarks = len(parts) > 2 and geometry is not None and geometry.landmarks > 0
+    weighted = any(part.entries.log_weight is not None for part in parts)
+    if has_landmarks or weighted:
+        # These differ between layers.
+        return _make_bias(scheme, view, parts, query_positions, query)
+    key = ("bias", geometry, id(scheme), query.device, query.dtype)
+    if key not in view.shared:
+        view.shared[key] = _make_bias(scheme, view, parts, query_positions, query)
+    return view.shared[key]  # type: ignore[return-value]
+
+
+def _make_bias(
+    scheme: PositionScheme,
+    view: ForwardView,
+    parts: list[Part],
+    query_positions: torch.Tensor,
+    query: torch.Tensor,
+) -> torch.Tensor | None:
+    device, dtype = query.device, query.dtype
+    count = view.columns
+    lowest = torch.finfo(dtype).min
+    masks: list[torch.Tensor | None] = []
+    for part in parts:
+        valid = part.entries.valid
+        if valid is not None:
+            masks.append(valid[:, None] if valid.dim() == 2 else valid)
+        else:
+            masks.append(None)
+    start, stop = view.exact_slice
+    if stop > start:
+        exact_valid = view.exact_tokens()[1]
+        masks[0] = None if exact_valid is None else exact_valid.to(device)[:, None]
+    alone = len(parts) == 1
+    fresh: torch.Tensor | None = None
+    if not view.in_ring:
+        if alone and view.column_valid is None:
+            fresh = None
+        else:
+            fresh = _causal(view, device)
+    slope = scheme.bias(
+        query_positions, torch.cat([part.positions.expand(query_positions.shape[0], -1)
+                                    for part in parts], dim=1), query.shape[1]
+    )
+    weights = [part.entries.log_weight for part in parts]
+    if all(mask is None for mask in masks) and fresh is None and slope is None and not any(
+        weight is not None for weight in weights
+    ):
+        return None
+    if fresh is None and not view.in_ring:
+        fresh = _causal(view, device)
+    columns = []
+    for index, part in enumerate(parts):
+        width = part.entries.num_entries
+        is_fresh = not view.in_ring and index == len(parts) - 1
+        mask = fresh if is_fresh else masks[index]
+        weight = weights[index]
+        piece = torch.zeros(1, 1, 1, width, device=device, dtype=dtype)
+        if weight is not None:
+            piece = piece + weight[:, :, None].to(dtype)
+        if mask is not None:
+            allowed = mask if mask.dim() == 4 else mask[:, :, None]
+            piece = torch.where(allowed, piece, lowest)
+        columns.append(piece)
+    rows = max(piece.shape[0] for piece in columns)
+    heads = max(piece.shape[1] for piece in columns)
+    queries = count if any(piece.shape[2] > 1 for piece in columns) else 1
+    bias = torch.cat([piece.expand(rows, heads, queries, -1) for piece in columns], dim=3)
+    if slope is not None:
+        if heads not in (1, slope.shape[1]):
+            bias = bias.repeat_interleave(slope.shape[1] // heads, dim=1)
+        # Adding to the lowest finite number may leave the range; a maximum keeps it finite.
+        bias = (bias + slope.to(dtype)).clamp(min=lowest)
+    return bias
+
+
+def _causal(view: ForwardView, device: torch.device) -> torch.Tensor:
+    """Which new tokens see which: ``[B or 1, 1, Q, Q]``; a padding column sees only itself."""
+    count = view.columns
+    seen = torch.ones(count, count, dtype=torch.bool, device=device).tril()[None, None]
+    if view.column_valid is None:
+        return seen
+    itself = torch.eye(count, dtype=torch.bool, device=device)
+    return seen & view.column_valid.to(device)[:, None, None, :] | itself

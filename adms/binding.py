@@ -1,0 +1,192 @@
+"""What a cache needs to know of the model it is bound to.
+
+A binding is made by ``enable`` for one configuration on one model and shared by the layers of a
+cache; it holds nothing of any stream.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from adms.compressors.base import Compressor, LayerContext, RawCoder
+from adms.config import ADMSConfig, Sizes
+from adms.entries import TokenShape
+from adms.errors import CacheStateError
+from adms.importance import Metric
+from adms.positions import MiddleGeometry
+from adms.tiers.middle import MiddlePlan, landmark_bytes
+from adms.timeline import Timeline
+
+# The middle is counted at this many bytes an element, whatever dtype the model runs in.
+BUDGET_ITEMSIZE = 2
+
+
+class PositionScheme(Protocol):
+    """How an architecture brings positions into attention."""
+
+    def tables(self, positions: torch.Tensor, like: torch.Tensor) -> Any:
+        """What ``rotate`` needs for ``positions [B, N]``, in the dtype of ``like``."""
+
+    def rotate(self, states: torch.Tensor, tables: Any) -> torch.Tensor:
+        """Queries or keys ``[B, heads, N, D]`` at these positions."""
+
+    def bias(
+        self, queries: torch.Tensor, keys: torch.Tensor, num_heads: int
+    ) -> torch.Tensor | None:
+        """``[B, H, Q, N]`` added to scores for positions ``[B, Q]`` and ``[B, N]``, or None."""
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """One attention layer as its family describes it.
+
+    Attributes:
+        shape: keys and values of one token, from the model's configuration.
+        num_query_heads: query heads per layer.
+        scheme: how positions enter.
+        plain: makes the cache layer of an attention that ADMS leaves alone (a sliding window);
+            None where ADMS takes over.
+        plain_tokens: most tokens that such a layer holds.
+    """
+
+    shape: TokenShape
+    num_query_heads: int
+    scheme: PositionScheme
+    plain: Callable[[], Any] | None = None
+    plain_tokens: int = 0
+
+
+@dataclass(eq=False)
+class Binding:
+    """A configuration on a model.
+
+    Attributes:
+        model_key: identifies the enabled model (a weak reference, so no cache keeps it alive).
+        config: the configuration.
+        sizes: what it resolves to.
+        kinds: one per attention layer.
+        dtype: the model's dtype before the first token tells.
+        compressor: the resolved compressor; None where the budget is 0.
+        metric: the resolved importance metric.
+        contexts: per layer, what the compressor may know of it.
+        is_active: asks whether the model is still enabled.
+    """
+
+    model_key: weakref.ReferenceType[Any]
+    config: ADMSConfig
+    sizes: Sizes
+    kinds: list[LayerKind]
+    dtype: torch.dtype
+    compressor: Compressor | None
+    metric: Metric
+    block_tokens: int
+    is_active: Callable[[], bool]
+    context: Callable[[int, TokenShape, torch.dtype], LayerContext]
+    shared_nbytes: int = 0
+    _plans: dict[Any, MiddlePlan | None] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Binding":
+        return self
+
+    @property
+    def num_layers(self) -> int:
+        """Attention layers of the model."""
+        return len(self.kinds)
+
+    def require_active(self) -> None:
+        """Raises ``CacheStateError`` once the model was disabled or is gone."""
+        if self.model_key() is None or not self.is_active():
+            raise CacheStateError(
+                "the model this cache is bound to was disabled; call enable_adms_llm(model) again "
+                "and use the cache it returns"
+            )
+
+    def is_adms_layer(self, layer_idx: int) -> bool:
+        """Whether ADMS holds this layer's memory."""
+        return self.kinds[layer_idx].plain is None
+
+    def plain_layer(self, layer_idx: int) -> Any:
+        """A fresh cache layer for an attention that ADMS leaves alone."""
+        make = self.kinds[layer_idx].plain
+        if make is None:
+            raise RuntimeError(f"layer {layer_idx} is held by ADMS")
+        return make()
+
+    def check_room(self, timeline: Timeline, new: list[int]) -> None:
+        """Raises ``CacheStateError`` where positions of the text would leave the trained length."""
+        limit = self.sizes.max_positions
+        if self.config.enable_pos_shift or limit is None:
+            return
+        longest = max(seen + count for seen, count in zip(timeline.seen, new, strict=True))
+        if longest > limit:
+            raise CacheStateError(
+                f"enable_pos_shift=False keeps positions of the text, and token {longest} lies "
+                f"beyond the {limit} positions the model was trained on; use enable_pos_shift=True"
+            )
+
+    def middle_plan(
+        self, layer_idx: int, shape: TokenShape, dtype: torch.dtype, sizes: Sizes
+    ) -> MiddlePlan | None:
+        """How this layer's middle uses its bytes; None where the budget is 0."""
+        if self.compressor is None:
+            return None
+        context = self.context(layer_idx, shape, dtype)
+        key = (layer_idx if context.is_layer_specific else -1, shape, dtype)
+        if key not in self._plans:
+            self._plans[key] = self._make_plan(self.compressor, context, sizes)
+        return self._plans[key]
+
+    def _make_plan(
+        self, compressor: Compressor, context: LayerContext, sizes: Sizes
+    ) -> MiddlePlan:
+        shape, dtype, config = context.shape, context.dtype, self.config
+        tokens = sizes.budget - sizes.waiting
+        raw = RawCoder(shape, dtype, tokens)
+        arena_bytes = tokens * raw.record_bytes
+        coded_bytes = tokens * shape.num_elements * BUDGET_ITEMSIZE
+        landmarks, each = 0, landmark_bytes(shape, dtype)
+        if config.importance_ratio > 0:
+            landmarks = int(coded_bytes * config.importance_ratio) // each
+            # At most half, so that a small budget still codes something.
+            least = min(config.min_importance_tokens, coded_bytes // 2 // each)
+            landmarks = max(landmarks, least)
+        left = coded_bytes - landmarks * each
+        # The landmarks start aligned, which can cost up to one step.
+        coder = compressor.bind(context, max(0, left - 16), config)
+        if coder.capacity + landmarks <= tokens:
+            coder, landmarks = None, 0  # type: ignore[assignment]
+        geometry = MiddleGeometry(
+            raw_tokens=tokens,
+            capacity=coder.capacity if coder is not None else 0,
+            block_tokens=coder.block_tokens if coder is not None else 1,
+            entries_per_record=coder.entries_per_record if coder is not None else 1,
+            landmarks=landmarks,
+        )
+        return MiddlePlan(
+            shape, dtype, raw, coder, geometry, arena_bytes, self.metric, config
+        )
+
+    def max_layer_bytes(self, layer_idx: int, layer: Any) -> int:
+        """Most bytes that one row of this layer ever takes."""
+        kind = self.kinds[layer_idx]
+        shape, dtype = kind.shape, self.dtype
+        if getattr(layer, "is_initialized", False):
+            dtype = layer.dtype
+            if kind.plain is None:
+                keys, values = layer.exact.keys, layer.exact.values
+                shape = TokenShape(keys.shape[1], keys.shape[3], values.shape[3])
+        token = shape.num_elements * dtype.itemsize
+        if kind.plain is not None:
+            return (kind.plain_tokens + self.sizes.chunk) * token
+        total = (self.sizes.sink + self.sizes.ring) * token
+        plan = self.middle_plan(layer_idx, shape, dtype, self.sizes)
+        total += plan.arena_bytes if plan is not None else 0
+        # The pass under way: its tokens, its queries where a commit wants them, one flag a layer.
+        total += self.sizes.chunk * token + 1
+        if plan is not None and plan.needs_queries:
+            heads = kind.num_query_heads
+            total += self.sizes.chunk * heads * shape.key_dim * dtype.itemsize
+        return total

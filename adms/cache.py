@@ -1,0 +1,669 @@
+"""``ADMSKVCache``: the tiers of every layer behind transformers' cache contract.
+
+A forward pass through an enabled model brackets the layers with ``begin`` and ``commit`` (or
+``rollback``): in between, a layer only keeps the pass's new tokens aside. What the pass changes for
+good is worked out for all layers first and put in place afterwards, so an error anywhere leaves the
+cache as it was.
+
+Shapes: ``B`` rows, ``K`` KV heads, ``Q`` new tokens, ``D``/``E`` head sizes of keys/values.
+"""
+
+import copy
+import threading
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from adms.binding import Binding
+from adms.config import ADMSConfig, Sizes
+from adms.entries import Entries, TokenShape
+from adms.errors import ADMSTypeError, ADMSValueError, CacheStateError
+from adms.positions import ForwardView
+from adms.tiers.exact import ExactTier, Moves, leaving_entries, plan_moves, write_moves
+from adms.tiers.middle import MiddlePlan, MiddleTier, Write
+from adms.timeline import Timeline
+
+_BEGIN = threading.Lock()
+
+
+def own_storage(states: torch.Tensor) -> torch.Tensor:
+    """``states``, copied only where it is a view that would keep a larger storage alive."""
+    if states.untyped_storage().nbytes() > states.numel() * states.element_size():
+        return states.clone(memory_format=torch.contiguous_format)
+    return states
+
+
+class ADMSLayer(CacheLayerMixin):
+    """One attention layer's memory.
+
+    Attributes:
+        exact: sinks and recent ring, or None before the first token.
+        middle: the compressed tier, or None where the budget is 0.
+        staged: the tokens of the pass under way, kept aside until it is committed.
+    """
+
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, cache: "ADMSKVCache", layer_idx: int) -> None:
+        super().__init__()
+        self.cache = cache
+        self.layer_idx = layer_idx
+        self.exact: ExactTier | None = None
+        self.middle: MiddleTier | None = None
+        self.staged: Entries | None = None
+        self.queries: torch.Tensor | None = None
+        self.finite: torch.Tensor | None = None
+
+    # --- the pass under way ---------------------------------------------------------------------
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes the pass's new tokens; what attention reads is assembled from the tiers.
+
+        Args:
+            key_states: ``[B, K, Q, D]`` before positions.
+            value_states: ``[B, K, Q, E]``.
+
+        Returns:
+            The arguments, unchanged.
+
+        Raises:
+            CacheStateError: no enabled model's pass is under way.
+        """
+        view = self.cache.require_view()
+        if self.exact is None:
+            self.lazy_initialization(key_states, value_states)
+        if self.exact is None:
+            raise RuntimeError("lazy_initialization left the layer without tiers")
+        self.finite = torch.isfinite(key_states).all() & torch.isfinite(value_states).all()
+        if view.in_ring:
+            rows, slots = self.cache.in_flight_on(key_states.device)
+            self.exact.write_in_flight(key_states, value_states, rows, slots)
+        else:
+            self.staged = Entries(own_storage(key_states), own_storage(value_states))
+        return key_states, value_states
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocates the tiers for the batch, heads, dtype and device of the first tokens."""
+        sizes = self.cache.sizes
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.exact = ExactTier(sizes, key_states, value_states)
+        shape = TokenShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])
+        plan = self.cache.binding_for_use.middle_plan(self.layer_idx, shape, self.dtype, sizes)
+        if plan is not None:
+            self.middle = MiddleTier(plan, key_states.shape[0], self.device)
+        self.is_initialized = True
+
+    def keep_queries(self, queries: torch.Tensor) -> None:
+        """Keeps the pass's queries ``[B, H, Q, D]`` until the commit if anything there asks."""
+        if self.middle is not None and self.middle.plan.needs_queries:
+            self.queries = own_storage(queries)
+
+    def clear_in_flight(self, view: ForwardView) -> None:
+        """Empties the slots of a single token that was not committed.
+
+        What it left there may not be finite, and a masked slot is still multiplied by zero.
+        """
+        if view.in_ring and self.exact is not None:
+            rows, slots = self.cache.in_flight_on(self.device)
+            self.exact.keys[rows, :, slots] = 0
+            self.exact.values[rows, :, slots] = 0
+
+    def drop_pass(self) -> None:
+        """Forgets what was kept aside."""
+        self.staged = self.queries = self.finite = None
+
+    def prepare(self, moves: Moves, totals: list[int], recent: "RecentWindow") -> "LayerCommit":
+        """Works out this layer's part of a commit without changing anything."""
+        if self.exact is None:
+            raise CacheStateError(f"layer {self.layer_idx} received no tokens in this pass")
+        leaving = None
+        writes: list[Write] = []
+        if moves.num_leaving:
+            leaving = leaving_entries(self.exact, self.staged, moves)
+            if self.middle is not None and any(moves.middle_count):
+                writes = self.middle.prepare(
+                    leaving,
+                    moves.middle_start,
+                    moves.middle_count,
+                    totals,
+                    self.cache.sizes.sink,
+                    lambda row: recent.entries(self, row),
+                    self.queries,
+                )
+        return LayerCommit(leaving, writes)
+
+    def apply(self, commit: "LayerCommit", moves: Moves) -> None:
+        """Puts a prepared commit in place."""
+        if self.exact is not None:
+            write_moves(self.exact, commit.leaving, self.staged, moves)
+        if self.middle is not None:
+            self.middle.apply(commit.writes)
+
+    # --- transformers' contract ------------------------------------------------------------------
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor this layer holds, the pass under way included."""
+        held: list[torch.Tensor] = []
+        for tier in (self.exact, self.middle):
+            held += tier.tensors() if tier is not None else []
+        if self.staged is not None:
+            held += [self.staged.keys, self.staged.values]
+        return held + [part for part in (self.queries, self.finite) if part is not None]
+
+    def map_tensors(self, change: Any) -> None:
+        """Replaces every stored tensor by ``change(tensor)`` (rows come first in all of them)."""
+        if self.exact is not None:
+            self.exact.keys, self.exact.values = change(self.exact.keys), change(self.exact.values)
+        if self.middle is not None:
+            self.middle.arena = change(self.middle.arena)
+
+    def get_seq_length(self) -> int:
+        """Columns of input so far."""
+        return self.cache.timeline_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Retained entries plus the query, and how far the text is ahead of them."""
+        retained = self.cache.num_entries(self.layer_idx)
+        return retained + query_length, self.cache.timeline_length - retained
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """No maximum (the name before transformers 5.13)."""
+        return -1
+
+    def offload(self) -> None:
+        """Moves all tiers to the CPU."""
+        self.map_tensors(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Moves all tiers back to the layer's device."""
+        if self.is_initialized:
+            self.map_tensors(lambda tensor: tensor.to(self.device, non_blocking=True))
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.exact = self.middle = None
+        self.is_initialized = False
+        self.drop_pass()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Rows in the order of ``beam_idx``."""
+        self.map_tensors(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+
+class LayerCommit:
+    """One layer's part of a commit: the tokens that leave and the bytes to write."""
+
+    def __init__(self, leaving: Entries | None, writes: list[Write]) -> None:
+        self.leaving = leaving
+        self.writes = writes
+
+
+class RecentWindow:
+    """The tokens of a pass and of the ring that stay, as further material for a fit."""
+
+    def __init__(self, timeline: Timeline, view: ForwardView, evicted_after: list[int]) -> None:
+        self.timeline = timeline
+        self.view = view
+        self.evicted_after = evicted_after
+
+    def entries(self, layer: ADMSLayer, row: int) -> Entries:
+        """One row's exact tokens after those that leave, in order: ``[1, K, N, ...]``."""
+        if layer.exact is None:
+            raise RuntimeError("a layer without tiers was asked for its window")
+        sizes, device = self.timeline.sizes, layer.exact.keys.device
+        written = self.timeline.seen[row] + (self.view.new[row] if self.view.in_ring else 0)
+        tokens = torch.arange(self.evicted_after[row], written, device=device)
+        slots = sizes.sink + tokens % sizes.ring
+        keys = layer.exact.keys[row : row + 1, :, slots]
+        values = layer.exact.values[row : row + 1, :, slots]
+        if layer.staged is not None:
+            first = max(0, self.evicted_after[row] - self.timeline.seen[row])
+            columns = torch.tensor(self.view.columns_of(row)[first:], device=device)
+            keys = torch.cat([keys, layer.staged.keys[row : row + 1, :, columns]], dim=2)
+            values = torch.cat([values, layer.staged.values[row : row + 1, :, columns]], dim=2)
+        return Entries(keys, values)
+
+
+class ADMSKVCache(Cache):
+    """A stream's memory in bounded bytes: sinks, a compressed middle, and a recent window.
+
+    Made by ``enable_adms_llm``; ``ADMSKVCache(config)`` alone binds to a model on first use through
+    an enabled one.
+
+    Args:
+        config: the parameters; the defaults if None.
+
+    Raises:
+        ADMSTypeError: ``config`` is no ``ADMSConfig``.
+    """
+
+    def __init__(self, config: ADMSConfig | None = None) -> None:
+        if config is not None and not isinstance(config, ADMSConfig):
+            raise ADMSTypeError(
+                f"config must be an ADMSConfig, got {config!r}; single parameters go to "
+                "enable_adms_llm or ADMSConfig"
+            )
+        super().__init__(layers=[])
+        self.config = config if config is not None else ADMSConfig()
+        self.binding: Binding | None = None
+        self.timeline: Timeline | None = None
+        self.view: ForwardView | None = None
+        self._in_flight: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._thread: int | None = None
+
+    # --- binding ---------------------------------------------------------------------------------
+
+    def bind(self, binding: Binding) -> None:
+        """Ties the cache to a model for good.
+
+        Raises:
+            CacheStateError: it is tied to another model, or its model was disabled.
+        """
+        if self.binding is binding:
+            return
+        if self.binding is not None and self.binding.model_key != binding.model_key:
+            raise CacheStateError(
+                "this cache is bound to another model; make one cache per model with "
+                "enable_adms_llm(model)"
+            )
+        if self.binding is not None:
+            self.binding.require_active()
+            return
+        self.binding = binding
+        self.layers = [
+            ADMSLayer(self, index) if binding.is_adms_layer(index) else binding.plain_layer(index)
+            for index in range(binding.num_layers)
+        ]
+
+    @property
+    def binding_for_use(self) -> Binding:
+        """The binding.
+
+        Raises:
+            CacheStateError: the cache was never used with a model.
+        """
+        if self.binding is None:
+            raise CacheStateError(
+                "this cache is not bound to a model yet; pass it to an enabled model first"
+            )
+        return self.binding
+
+    @property
+    def sizes(self) -> Sizes:
+        """The sizes that the configuration resolves to on the bound model."""
+        return self.binding_for_use.sizes
+
+    # --- one pass --------------------------------------------------------------------------------
+
+    def begin(self, batch: int, columns: int, valid: torch.Tensor | None, device: torch.device) -> None:
+        """Opens a pass of ``columns`` tokens for every row.
+
+        Args:
+            batch: rows.
+            columns: tokens per row, padding included.
+            valid: ``[B, Q]`` booleans on the CPU, or None where no column is padding.
+            device: where the model's input lies.
+
+        Raises:
+            CacheStateError: another pass is under way, or ``batch`` is not the cache's.
+        """
+        with _BEGIN:
+            if self._thread is not None:
+                raise CacheStateError(
+                    "this cache is in use by another call; give each thread a cache of its own"
+                )
+            self._thread = threading.get_ident()
+        try:
+            binding = self.binding_for_use
+            binding.require_active()
+            timeline = self.timeline
+            if timeline is None or timeline.batch_size == 0:
+                timeline = Timeline(
+                    binding.sizes, binding.block_tokens, [0] * batch, [0] * batch
+                )
+            if timeline.batch_size != batch:
+                raise CacheStateError(
+                    f"this cache holds {timeline.batch_size} rows, the input has {batch}; use "
+                    "cache.reset() for a new batch, or batch_repeat_interleave / "
+                    "batch_select_indices to change the rows"
+                )
+            if valid is not None and bool(valid.all()):
+                valid = None
+            new = [columns] * batch if valid is None else valid.sum(1).tolist()
+            binding.check_room(timeline, new)
+            self.timeline = timeline
+            self.view = ForwardView(
+                timeline,
+                new,
+                columns,
+                valid,
+                device,
+                text_positions=not self.config.enable_pos_shift,
+                anchor_mode=self.config.anchor_mode,
+            )
+            self._in_flight = {}
+        except BaseException:
+            self._thread = None
+            raise
+
+    def require_view(self) -> ForwardView:
+        """The pass under way.
+
+        Raises:
+            CacheStateError: there is none: the model is not enabled.
+        """
+        if self.view is None:
+            raise CacheStateError(
+                "an ADMSKVCache works only through a model enabled with enable_adms_llm(model); "
+                "this call came from elsewhere"
+            )
+        return self.view
+
+    def in_flight_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows with a real token in this one-token pass, and the ring slots it goes to."""
+        view, timeline = self.require_view(), self.timeline
+        if timeline is None:
+            raise RuntimeError("a pass without a timeline")
+        if device not in self._in_flight:
+            sizes = timeline.sizes
+            rows = [row for row, count in enumerate(view.new) if count]
+            slots = [sizes.sink + timeline.seen[row] % sizes.ring for row in rows]
+            table = torch.tensor([rows, slots], dtype=torch.long).to(device)
+            self._in_flight[device] = (table[0], table[1])
+        return self._in_flight[device]
+
+    def commit(self) -> None:
+        """Makes the pass under way part of the memory, in all layers or in none.
+
+        Raises:
+            ADMSValueError: keys or values of a layer were not finite.
+        """
+        view, timeline = self.require_view(), self.timeline
+        if timeline is None:
+            raise RuntimeError("a pass without a timeline")
+        layers = [layer for layer in self.layers if isinstance(layer, ADMSLayer)]
+        self._require_finite(layers)
+        after = timeline.evicted_after(view.new)
+        commits: list[LayerCommit] = []
+        moves_by_device: dict[torch.device, Moves] = {}
+        recent = RecentWindow(timeline, view, after)
+        totals = [timeline.middle_tokens(row) for row in range(timeline.batch_size)]
+        if not view.in_ring or after != timeline.evicted:
+            columns = [view.columns_of(row) for row in range(timeline.batch_size)]
+            for layer in layers:
+                device = layer.device
+                if device not in moves_by_device:
+                    moves_by_device[device] = plan_moves(
+                        timeline, view.new, columns, view.in_ring, after, device
+                    )
+                commits.append(layer.prepare(moves_by_device[device], totals, recent))
+            for layer, commit in zip(layers, commits, strict=True):
+                layer.apply(commit, moves_by_device[layer.device])
+        timeline.seen = [old + new for old, new in zip(timeline.seen, view.new, strict=True)]
+        timeline.evicted = after
+        timeline.length += view.columns
+        self._close()
+
+    def rollback(self) -> None:
+        """Forgets the pass under way."""
+        for layer in self.layers:
+            if isinstance(layer, ADMSLayer) and layer.exact is not None and self.view is not None:
+                layer.clear_in_flight(self.view)
+        if self.timeline is not None and not any(self.timeline.seen):
+            # Nothing was ever committed, so neither the batch size nor the buffers are settled.
+            self.reset()
+        self._close()
+
+    def _close(self) -> None:
+        for layer in self.layers:
+            if isinstance(layer, ADMSLayer):
+                layer.drop_pass()
+        self.view = None
+        self._in_flight = {}
+        self._thread = None
+
+    def _require_finite(self, layers: list[ADMSLayer]) -> None:
+        flags = [(layer, layer.finite) for layer in layers if layer.finite is not None]
+        devices = {flag.device for _, flag in flags}
+        for device in devices:
+            own = [(layer, flag) for layer, flag in flags if flag.device == device]
+            # One question to the device per pass, not one per layer.
+            answers = torch.stack([flag for _, flag in own]).tolist()
+            for (layer, _), finite in zip(own, answers, strict=True):
+                if not finite:
+                    raise ADMSValueError(
+                        f"keys or values of layer {layer.layer_idx} hold NaN or infinity; the "
+                        "tokens of this pass were not stored; check the input and the model's dtype"
+                    )
+
+    # --- what it holds ---------------------------------------------------------------------------
+
+    @property
+    def timeline_length(self) -> int:
+        """Columns of input so far, padding included."""
+        return 0 if self.timeline is None else self.timeline.length
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens that the longest row has streamed through."""
+        return max(self.timeline.seen, default=0) if self.timeline is not None else 0
+
+    def num_entries(self, layer_idx: int) -> int:
+        """Entries that attention in this layer reads, of the fullest row."""
+        layer = self.layers[layer_idx]
+        if self.timeline is None or not isinstance(layer, ADMSLayer):
+            return layer.get_seq_length()
+        counts = [0]
+        for row in range(self.timeline.batch_size):
+            seen, evicted = self.timeline.seen[row], self.timeline.evicted[row]
+            held = seen - evicted + min(evicted, self.sizes.sink)
+            if layer.middle is not None:
+                geometry = layer.middle.plan.geometry
+                total = self.timeline.middle_tokens(row)
+                held += geometry.num_entries(total)
+                held += geometry.landmarks if geometry.is_coded(total) else 0
+            counts.append(held)
+        return max(counts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor the cache holds, hidden and temporary ones included."""
+        storages = {}
+        for layer in self.layers:
+            held = (
+                layer.tensors()
+                if isinstance(layer, ADMSLayer)
+                else [part for part in (layer.keys, layer.values) if part is not None]
+            )
+            for tensor in held:
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr(), tensor.device] = storage.nbytes()
+        return sum(storages.values())
+
+    @property
+    def max_nbytes(self) -> int:
+        """Bytes that ``nbytes`` never exceeds, from configuration, shapes, dtype and batch alone.
+
+        Before the first token a batch of 1 and the model's own dtype are assumed.
+
+        Raises:
+            CacheStateError: the cache is not bound to a model.
+        """
+        binding = self.binding_for_use
+        batch = self.timeline.batch_size if self.timeline is not None else 1
+        return sum(
+            binding.max_layer_bytes(index, layer) for index, layer in enumerate(self.layers)
+        ) * max(batch, 1)
+
+    @property
+    def shared_nbytes(self) -> int:
+        """Bytes that depend on the model alone (calibration), shared by all its caches."""
+        return 0 if self.binding is None else self.binding.shared_nbytes
+
+    def summary(self) -> dict[str, Any]:
+        """What each tier holds, as plain values (of the fullest row and the first ADMS layer)."""
+        if self.timeline is None or self.binding is None:
+            return {"tokens_seen": 0, "nbytes": self.nbytes, "config": repr(self.config)}
+        sizes = self.sizes
+        row = max(range(self.timeline.batch_size), key=lambda index: self.timeline.seen[index])  # type: ignore[union-attr]
+        seen, evicted = self.timeline.seen[row], self.timeline.evicted[row]
+        total = self.timeline.middle_tokens(row)
+        layer = next((one for one in self.layers if isinstance(one, ADMSLayer)), None)
+        middle: dict[str, Any] = {"tokens": 0}
+        if layer is not None and layer.middle is not None:
+            geometry = layer.middle.plan.geometry
+            coded = geometry.is_coded(total)
+            middle = {
+                "tokens": geometry.held(total),
+                "entries": geometry.num_entries(total),
+                "form": self.config.compressor_type if coded else "exact",
+                "capacity_tokens": max(geometry.capacity, geometry.raw_tokens),
+                "forgotten_tokens": total - geometry.held(total),
+                "landmarks": geometry.landmarks if coded else 0,
+                "bytes_per_layer_and_row": layer.middle.plan.arena_bytes,
+            }
+        return {
+            "tokens_seen": seen,
+            "batch_size": self.timeline.batch_size,
+            "sink": {"tokens": min(evicted, sizes.sink), "capacity": sizes.sink},
+            "middle": middle,
+            "recent": {"tokens": seen - evicted, "capacity": sizes.recent + sizes.waiting},
+            "nbytes": self.nbytes,
+            "max_nbytes": self.max_nbytes,
+            "shared_nbytes": self.shared_nbytes,
+        }
+
+    def __repr__(self) -> str:
+        if self.timeline is None or self.binding is None:
+            return f"ADMSKVCache(empty, {self.config})"
+        what = self.summary()
+        middle = what["middle"]
+        form = f" {middle['form']}" if middle["tokens"] else ""
+        return (
+            f"ADMSKVCache({what['tokens_seen']} tokens seen, {what['batch_size']} row(s): "
+            f"sink {what['sink']['tokens']} | middle {middle['tokens']}{form} | "
+            f"recent {what['recent']['tokens']}; {what['nbytes']:,} of at most "
+            f"{what['max_nbytes']:,} bytes)"
+        )
+
+    # --- transformers' contract ------------------------------------------------------------------
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hands a layer its new tokens; see ``ADMSLayer.update``."""
+        self.require_view()
+        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of input so far: the logical length."""
+        return self.timeline_length
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """No maximum (the name before transformers 5.13)."""
+        return -1
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """No maximum."""
+        return -1
+
+    @property
+    def batch_size(self) -> int:
+        """Rows; -1 before the first token."""
+        if self.timeline is None or self.timeline.batch_size == 0:
+            return -1
+        return self.timeline.batch_size
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` may compile the decode step."""
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether any token was stored."""
+        return self.timeline is not None and self.timeline.length > 0
+
+    def reset(self) -> None:
+        """Forgets the stream; the binding and the configuration stay."""
+        for layer in self.layers:
+            layer.reset()
+            if not isinstance(layer, ADMSLayer) and self.binding is not None:
+                self.layers[self.layers.index(layer)] = self.binding.plain_layer(
+                    self.layers.index(layer)
+                )
+        self.timeline = None
+        self.view = None
+
+    def _select_rows(self, rows: torch.Tensor) -> None:
+        if self.view is not None:
+            raise CacheStateError("rows cannot be changed while a pass is under way")
+        if self.timeline is None:
+            return
+        order = rows.tolist()
+        if not order or min(order) < 0 or max(order) >= self.timeline.batch_size:
+            raise ADMSValueError(
+                f"row indices must lie in 0..{self.timeline.batch_size - 1}, got {order}"
+            )
+        for layer in self.layers:
+            layer.reorder_cache(rows)
+        self.timeline.select(order)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Rows in the order of ``beam_idx`` ``[B]`` (beam search)."""
+        self._select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row ``repeats`` times."""
+        if self.timeline is not None:
+            rows = torch.arange(self.timeline.batch_size).repeat_interleave(repeats)
+            self._select_rows(rows)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Only the rows of ``indices``."""
+        self._select_rows(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: what was compressed or forgotten cannot be taken back.
+
+        Raises:
+            CacheStateError: always.
+        """
+        raise CacheStateError(
+            "an ADMSKVCache cannot be cropped, since evicted tokens are gone; for assisted decoding "
+            "or prompt lookup use DynamicCache, or copy.deepcopy(cache) before the tokens to undo"
+        )
+
+    def activate_past_recording(self) -> None:
+        """Refused for the same reason as ``crop``.
+
+        Raises:
+            CacheStateError: always.
+        """
+        raise CacheStateError(
+            "an ADMSKVCache cannot record its past for a rollback; use copy.deepcopy(cache)"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ADMSKVCache":
+        if self.view is not None:
+            raise CacheStateError("a cache cannot be copied while a pass is under way")
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        for name, value in self.__dict__.items():
+            # The binding belongs to the model and is shared by all its caches.
+            shared = name == "binding"
+            twin.__dict__[name] = value if shared else copy.deepcopy(value, memo)
+        return twin

@@ -1,0 +1,317 @@
+"""Turning ADMS on and off for a model: the one mechanism everything goes through.
+
+An enabled model works with every other cache exactly as before. With an ``ADMSKVCache``, its
+decoder splits long inputs (``streaming``), its attention modules hand over keys before positions
+(``patches``), and the attention function registered here reads the tiers (``attention.tiered``).
+"""
+
+import types
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from adms import compat
+from adms.attention.tiered import attend
+from adms.binding import Binding
+from adms.cache import ADMSKVCache
+from adms.compressors import resolve_compressor
+from adms.compressors.base import LayerContext
+from adms.config import ADMSConfig, config_from, resolve_sizes
+from adms.entries import TokenShape
+from adms.errors import ADMSTypeError, ADMSValueError, CacheStateError
+from adms.generation import check_generate
+from adms.importance import METRICS
+from adms.patches import Family, find_family
+from adms.streaming import named_arguments, stream
+
+Undo = Callable[[], None]
+
+
+@dataclass(eq=False)
+class Installation:
+    """What enabling did to one model."""
+
+    family: Family
+    model_key: weakref.ReferenceType[nn.Module]
+    undo: list[Undo] = field(default_factory=list)
+    active: bool = True
+
+    def binding(self, config: ADMSConfig) -> Binding:
+        """A configuration resolved on this model.
+
+        Raises:
+            ADMSValueError: the configuration does not fit the model, or names something unknown.
+        """
+        model = self.model_key()
+        if model is None:
+            raise CacheStateError("the model of this installation is gone")
+        decoder = self.family.decoder(model)
+        metric = METRICS.get(config.importance_metric)
+        compressor = resolve_compressor(config)
+        block = compressor.block_tokens(config) if compressor is not None else 1
+        sizes = resolve_sizes(config, self.family.max_positions(decoder.config), block)
+        attentions = self.family.attentions(decoder)
+
+        def context(layer_idx: int, shape: TokenShape, dtype: torch.dtype) -> LayerContext:
+            return LayerContext(shape, dtype, layer_idx)
+
+        return Binding(
+            model_key=self.model_key,
+            config=config,
+            sizes=sizes,
+            kinds=self.family.kinds(decoder),
+            dtype=next(attentions[0].parameters()).dtype,
+            compressor=compressor,
+            metric=metric,
+            block_tokens=block if sizes.interval >= block else 1,
+            is_active=lambda: self.active,
+            context=context,
+        )
+
+
+_INSTALLED: "weakref.WeakKeyDictionary[nn.Module, Installation]" = weakref.WeakKeyDictionary()
+# Decoders look their installation up here; a deep copy of a model is not in it.
+_DECODERS: "weakref.WeakKeyDictionary[nn.Module, Installation]" = weakref.WeakKeyDictionary()
+
+
+def enable_adms_llm(
+    model: nn.Module, config: ADMSConfig | None = None, **parameters: Any
+) -> ADMSKVCache:
+    """Makes a pretrained model stream in bounded memory and returns a cache for it.
+
+    The model's weights and its behaviour with any other cache stay as they are. A second call
+    returns another, independent cache.
+
+    Args:
+        model: a transformers causal language model of a supported family.
+        config: the configuration; or give single parameters of ``ADMSConfig`` instead.
+        **parameters: parameters of ``ADMSConfig``.
+
+    Returns:
+        An empty cache, bound to the model.
+
+    Raises:
+        UnsupportedModelError: the architecture has no patch.
+        ADMSTypeError: both ``config`` and ``parameters``, or an unknown parameter.
+        ADMSValueError: a value that cannot work, or that does not fit the model.
+    """
+    settings = config_from(config, parameters)
+    if not isinstance(model, nn.Module):
+        raise ADMSTypeError(f"model must be a transformers model, got {type(model).__name__}")
+    host = _host(model)
+    installation = _INSTALLED.get(host)
+    if installation is None:
+        family = find_family(host)
+        # Resolved on a trial installation first: a refused call must leave the model as it was.
+        Installation(family, weakref.ref(host)).binding(settings)
+        installation = _install(host, family)
+    cache = ADMSKVCache(settings)
+    cache.bind(installation.binding(settings))
+    return cache
+
+
+def enable_streaming_llm(
+    model: nn.Module, start_size: int = 4, recent_size: int = 2000, **parameters: Any
+) -> ADMSKVCache:
+    """StreamingLLM: sinks and a recent window, no middle; the same cache with a budget of 0.
+
+    Source: Xiao et al. (2023), arXiv 2309.17453.
+
+    Args:
+        model: a transformers causal language model of a supported family.
+        start_size: attention sinks.
+        recent_size: recent tokens.
+        **parameters: further parameters of ``ADMSConfig`` but those of the middle.
+
+    Returns:
+        An empty cache, bound to the model.
+    """
+    for name in ("compressed_budget", "enable_dynamic_sink"):
+        if name in parameters:
+            raise ADMSTypeError(
+                f"enable_streaming_llm has no {name}; use enable_adms_llm for a middle tier"
+            )
+    sizes = {"start_size": start_size, "recent_size": recent_size}
+    return enable_adms_llm(
+        model, **sizes, compressed_budget=0, enable_dynamic_sink=False, **parameters
+    )
+
+
+def disable_adms(model: nn.Module) -> None:
+    """Restores a model to what it was before it was enabled; its caches stop working.
+
+    Does nothing to a model that is not enabled.
+    """
+    if not isinstance(model, nn.Module):
+        raise ADMSTypeError(f"model must be a transformers model, got {type(model).__name__}")
+    installation = _INSTALLED.pop(_host(model), None)
+    if installation is None:
+        return
+    installation.active = False
+    for step in reversed(installation.undo):
+        step()
+
+
+def is_enabled(model: nn.Module) -> bool:
+    """Whether a model is enabled."""
+    return _host(model) in _INSTALLED
+
+
+def _host(model: nn.Module) -> nn.Module:
+    """The transformers model inside a wrapper such as PEFT's."""
+    inner = getattr(model, "get_base_model", None)
+    return inner() if callable(inner) else model
+
+
+def _install(model: nn.Module, family: Family) -> Installation:
+    installation = Installation(family, weakref.ref(model))
+    decoder = family.decoder(model)
+    try:
+        installation.undo += family.install(decoder)
+        installation.undo.append(_install_attention(decoder))
+        installation.undo.append(_install_forward(decoder))
+        _DECODERS[decoder] = installation
+        installation.undo.append(partial(_DECODERS.pop, decoder, None))
+        if hasattr(model, "generate"):
+            installation.undo.append(_install_method(model, "generate", _generate))
+    except BaseException:
+        for step in reversed(installation.undo):
+            step()
+        raise
+    _INSTALLED[model] = installation
+    return installation
+
+
+# --- the attention function --------------------------------------------------------------------
+
+
+def _registered_name(base: str) -> str:
+    # transformers treats names with "flash" in them as flash attention with its own masks.
+    return "adms_" + base.replace("flash", "fa")
+
+
+def _install_attention(decoder: nn.Module) -> Undo:
+    """Registers the attention function over the one in force and puts it in force."""
+    config: Any = decoder.config
+    base = compat.get_attention(config)
+    name = _registered_name(base)
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(name, partial(adms_attention, base=base))
+        if base in ALL_MASK_ATTENTION_FUNCTIONS:
+            ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    compat.set_attention(config, name)
+    return partial(compat.set_attention, config, base)
+
+
+def adms_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    base: str,
+    adms_cache: ADMSKVCache | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What attention modules of enabled models call: the tiers, or the function that was in force.
+
+    Args:
+        module: the attention module.
+        query: ``[B, H, Q, D]``; before positions if ``adms_cache`` is given.
+        key, value: ``[B, K, N, D]``/``[B, K, N, E]``, read only by the function in force before.
+        base: name of that function.
+        adms_cache: the cache of the pass under way.
+
+    Returns:
+        ``[B, Q, H, E]`` and no weights.
+    """
+    layer_idx = module.layer_idx
+    if adms_cache is None or not adms_cache.binding_for_use.is_adms_layer(layer_idx):
+        function = _base_function(module, base)
+        return function(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+    scaling = kwargs.get("scaling")
+    output = attend(
+        adms_cache,
+        adms_cache.layers[layer_idx],
+        adms_cache.binding_for_use.kinds[layer_idx].scheme,
+        query,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        dropout=kwargs.get("dropout", 0.0),
+        softcap=kwargs.get("softcap"),
+    )
+    return output.contiguous(), None
+
+
+def _base_function(module: nn.Module, base: str) -> Callable[..., Any]:
+    if base in ALL_ATTENTION_FUNCTIONS:
+        return ALL_ATTENTION_FUNCTIONS[base]  # type: ignore[no-any-return]
+    from adms.patches.base import modeling_function
+
+    return modeling_function(module, "eager_attention_forward")
+
+
+# --- the decoder's forward ---------------------------------------------------------------------
+
+
+def _decoder_forward(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward of an enabled decoder."""
+    forward = types.MethodType(type(decoder).forward, decoder)
+    named = named_arguments(forward, args, kwargs)
+    cache = named.get("past_key_values")
+    if not isinstance(cache, ADMSKVCache):
+        return forward(*args, **kwargs)
+    installation = _DECODERS.get(decoder)
+    if installation is None:
+        raise CacheStateError(
+            "this model is a copy of an enabled one; call enable_adms_llm on the copy and use the "
+            "cache it returns"
+        )
+    if named.get("use_cache") is False:
+        raise ADMSValueError("use_cache=False with an ADMSKVCache stores nothing; leave it out")
+    if cache.binding is None or cache.binding.model_key is not installation.model_key:
+        cache.bind(installation.binding(cache.config))
+    return stream(decoder, forward, cache, named, installation.family.adjust)
+
+
+def _install_forward(decoder: nn.Module) -> Undo:
+    # accelerate keeps a module's forward aside and calls it from a wrapper of its own.
+    name = "_old_forward" if hasattr(decoder, "_hf_hook") else "forward"
+    return _install_method(decoder, name, _decoder_forward)
+
+
+def _install_method(owner: nn.Module, name: str, function: Callable[..., Any]) -> Undo:
+    """Binds ``function`` to ``owner`` under ``name``; the undo restores what was there.
+
+    A bound method follows its owner through ``copy.deepcopy``, which a closure would not.
+    """
+    before = owner.__dict__.get(name)
+    ours = types.MethodType(function, owner)
+    owner.__dict__[name] = ours
+
+    def undo() -> None:
+        # accelerate may have moved our method aside since.
+        for place in (name, "_old_forward"):
+            if getattr(owner.__dict__.get(place), "__func__", None) is function:
+                if before is not None:
+                    owner.__dict__[place] = before
+                elif place == name:
+                    del owner.__dict__[place]
+                else:
+                    owner.__dict__[place] = types.MethodType(type(owner).forward, owner)
+
+    return undo
+
+
+def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """``generate`` of an enabled model: refuses what could only go wrong silently."""
+    generate = types.MethodType(type(model).generate, model)
+    check_generate(args, kwargs)
+    return generate(*args, **kwargs)

@@ -1,0 +1,405 @@
+"""The middle tier: tokens between sinks and window, in a fixed number of bytes per layer and row.
+
+A row's bytes (its stretch of the arena) hold its tokens exactly as long as they fit. When they no
+longer do, everything is coded at once against a header fitted to those very tokens, and from then
+on each token is coded as it arrives; nothing that was decoded is ever coded again. Records lie in a
+ring: the oldest is overwritten. Landmarks are tokens that an importance metric keeps exactly; their
+codes, while still there, are masked.
+
+Shapes: ``B`` rows, ``K`` KV heads, ``N`` entries, ``L`` landmarks, ``D``/``E`` head sizes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from adms.budget import select_landmarks
+from adms.compressors.base import Coder, RawCoder
+from adms.config import ADMSConfig
+from adms.entries import Entries, TokenShape
+from adms.importance import Metric, needs_queries
+from adms.positions import MiddleGeometry
+
+# Views of the arena as wider types need aligned starts.
+ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class MiddlePlan:
+    """How the bytes of one kind of layer are used; shared by all layers of that kind.
+
+    Attributes:
+        shape: keys and values of one token.
+        dtype: the model's dtype.
+        raw: holds tokens exactly.
+        coder: holds them coded; None where coding would not hold more than the exact tokens.
+        geometry: what positions need to know.
+        arena_bytes: bytes per row, for either use.
+        metric: scores tokens for landmarks.
+        config: parameters of the landmarks' choice.
+    """
+
+    shape: TokenShape
+    dtype: torch.dtype
+    raw: RawCoder
+    coder: Coder | None
+    geometry: MiddleGeometry
+    arena_bytes: int
+    metric: Metric
+    config: ADMSConfig
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether a commit makes use of the pass's queries."""
+        metric_asks = bool(self.geometry.landmarks) and needs_queries(self.metric)
+        return metric_asks or (self.coder is not None and self.coder.uses_queries)
+
+    @property
+    def landmark_offset(self) -> int:
+        """Where the landmarks start in a coded row's bytes."""
+        if self.coder is None:
+            return 0
+        used = self.coder.header_bytes + self.coder.num_records * self.coder.record_bytes
+        return -(-used // ALIGNMENT) * ALIGNMENT
+
+
+def landmark_bytes(shape: TokenShape, dtype: torch.dtype) -> int:
+    """Bytes of one landmark: keys, values, its text position and its score."""
+    size = shape.num_elements * dtype.itemsize + 4 + 4
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass
+class Landmarks:
+    """One layer's landmarks. ``tokens`` ``[B, L]`` is -1 where a slot is empty."""
+
+    entries: Entries
+    tokens: torch.Tensor
+    scores: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Write:
+    """Bytes to put in place once every layer has worked out its own.
+
+    Attributes:
+        rows: ``[M]`` rows.
+        start: ``[M]`` first byte in the row's stretch.
+        data: ``[M, bytes]``.
+    """
+
+    rows: torch.Tensor
+    start: torch.Tensor
+    data: torch.Tensor
+
+
+class MiddleTier:
+    """The middle of one layer: an arena of bytes and the functions over it."""
+
+    def __init__(self, plan: MiddlePlan, rows: int, device: torch.device) -> None:
+        self.plan = plan
+        self.arena = torch.zeros(rows, plan.arena_bytes, dtype=torch.uint8, device=device)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything this tier stores."""
+        return [self.arena]
+
+    # --- reading -----------------------------------------------------------------------------
+
+    def read(self, totals: list[int]) -> Entries | None:
+        """Entries in memory order, rows padded to the longest; None where every row is empty.
+
+        Args:
+            totals: tokens that have entered the middle, per row.
+        """
+        geometry = self.plan.geometry
+        width = max(geometry.num_entries(total) for total in totals)
+        if width == 0:
+            return None
+        coded = [geometry.is_coded(total) for total in totals]
+        if all(coded) or not any(coded):
+            return self._read_rows(slice(None), totals, coded[0])
+        parts: list[Entries | None] = [None] * len(totals)
+        for phase in (False, True):
+            rows = [row for row, is_coded in enumerate(coded) if is_coded == phase]
+            entries = self._read_rows(rows, [totals[row] for row in rows], phase)
+            for index, row in enumerate(rows):
+                parts[row] = _take_row(entries, index, width)
+        return _stack_rows([part for part in parts if part is not None])
+
+    def _read_rows(self, rows: list[int] | slice, totals: list[int], coded: bool) -> Entries:
+        data = self.arena[rows]
+        geometry = self.plan.geometry
+        if not coded:
+            count = max(geometry.num_entries(total) for total in totals)
+            size = self.plan.raw.record_bytes
+            records = data[:, : count * size].unflatten(1, (count, size))
+            return self.plan.raw.decode(data[:, :0], records)
+        coder = self._coder
+        count = max(geometry.held(total) // coder.block_tokens for total in totals)
+        start = coder.header_bytes
+        stop = start + count * coder.record_bytes
+        records = data[:, start:stop].unflatten(1, (count, coder.record_bytes))
+        return coder.decode(data[:, :start], records)
+
+    @property
+    def _coder(self) -> Coder:
+        if self.plan.coder is None:
+            raise RuntimeError("a middle without a coder was read as coded")
+        return self.plan.coder
+
+    def landmarks(self, rows: torch.Tensor | slice = slice(None)) -> Landmarks:
+        """The landmarks of coded rows."""
+        shape, count = self.plan.shape, self.plan.geometry.landmarks
+        size = landmark_bytes(shape, self.plan.dtype)
+        start = self.plan.landmark_offset
+        data = self.arena[rows][:, start : start + count * size].unflatten(1, (count, size))
+        exact = shape.num_elements * self.plan.dtype.itemsize
+        entries = RawCoder(shape, self.plan.dtype, count).decode(data, data[..., :exact])
+        tail = data[..., exact : exact + 8].contiguous()
+        return Landmarks(
+            entries=entries,
+            # Stored one higher, so that the arena's zeros mean an empty slot.
+            tokens=tail[..., :4].contiguous().view(torch.int32)[..., 0].long() - 1,
+            scores=tail[..., 4:].contiguous().view(torch.float32)[..., 0],
+        )
+
+    def _landmark_data(self, landmarks: Landmarks) -> torch.Tensor:
+        shape = self.plan.shape
+        count = landmarks.tokens.shape[1]
+        raw = RawCoder(shape, self.plan.dtype, count)
+        exact = raw.encode(landmarks.tokens, landmarks.entries)
+        tokens = (landmarks.tokens + 1).to(torch.int32)[..., None].view(torch.uint8)
+        scores = landmarks.scores.float()[..., None].contiguous().view(torch.uint8)
+        data = torch.cat([exact, tokens, scores], dim=2)
+        padding = landmark_bytes(shape, self.plan.dtype) - data.shape[2]
+        return torch.nn.functional.pad(data, (0, padding)).flatten(1)
+
+    # --- writing -----------------------------------------------------------------------------
+
+    def prepare(
+        self,
+        leaving: Entries,
+        starts: list[int],
+        counts: list[int],
+        totals: list[int],
+        sink: int,
+        recent: Callable[[int], Entries],
+        queries: torch.Tensor | None,
+    ) -> list[Write]:
+        """Works out what arriving tokens change, without changing anything.
+
+        Args:
+            leaving: tokens that leave the recent tier, rows padded to the longest.
+            starts: per row, the first of them that enters the middle.
+            counts: per row, how many do.
+            totals: tokens that have entered the middle before, per row.
+            sink: number of sinks (turns middle token numbers into text positions).
+            recent: gives a row's exact tokens of the window in order, more material for a fit.
+            queries: ``[B, H, Q, D]`` the pass's queries before positions, or None.
+        """
+        geometry = self.plan.geometry
+        after = [total + count for total, count in zip(totals, counts, strict=True)]
+        stay_raw, stay_coded, turn = [], [], []
+        for row, count in enumerate(counts):
+            if count == 0:
+                continue
+            if not geometry.is_coded(after[row]):
+                stay_raw.append(row)
+            elif geometry.is_coded(totals[row]):
+                stay_coded.append(row)
+            else:
+                turn.append(row)
+        writes: list[Write] = []
+        if stay_raw:
+            entries = _window(leaving, stay_raw, starts, counts)
+            records = self.plan.raw.encode(self.arena[stay_raw][:, :0], entries)
+            writes.append(
+                self._ring_write(records, stay_raw, totals, counts, self.plan.raw, offset=0)
+            )
+        if stay_coded:
+            writes += self._append(leaving, stay_coded, starts, counts, totals, sink, queries)
+        # Happens once in a row's life, so a loop over rows costs nothing that matters.
+        for row in turn:
+            writes += self._turn(leaving, row, starts, counts, totals, sink, recent(row), queries)
+        return writes
+
+    def apply(self, writes: list[Write]) -> None:
+        """Puts prepared bytes in place."""
+        for write in writes:
+            span = torch.arange(write.data.shape[1], device=self.arena.device)
+            self.arena[write.rows[:, None], write.start[:, None] + span] = write.data
+
+    def _append(
+        self,
+        leaving: Entries,
+        rows: list[int],
+        starts: list[int],
+        counts: list[int],
+        totals: list[int],
+        sink: int,
+        queries: torch.Tensor | None,
+    ) -> list[Write]:
+        coder = self._coder
+        entries = _window(leaving, rows, starts, counts)
+        header = self.arena[rows][:, : coder.header_bytes]
+        own_queries = None if queries is None else queries[rows]
+        records = coder.encode(header, entries, own_queries)
+        writes = [
+            self._ring_write(records, rows, totals, counts, coder, offset=coder.header_bytes)
+        ]
+        if self.plan.geometry.landmarks:
+            index = torch.tensor(rows, device=self.arena.device)
+            first = torch.tensor([sink + totals[row] for row in rows], device=self.arena.device)
+            span = torch.arange(entries.num_entries, device=self.arena.device)
+            count = torch.tensor([counts[row] for row in rows], device=self.arena.device)
+            tokens = torch.where(span < count[:, None], first[:, None] + span, -1)
+            chosen = self._choose(entries, tokens, own_queries, self.landmarks(index))
+            writes.append(self._landmark_write(chosen, index))
+        return writes
+
+    def _turn(
+        self,
+        leaving: Entries,
+        row: int,
+        starts: list[int],
+        counts: list[int],
+        totals: list[int],
+        sink: int,
+        recent: Entries,
+        queries: torch.Tensor | None,
+    ) -> list[Write]:
+        """One row's step from exact to coded."""
+        coder, total = self._coder, totals[row]
+        arriving = _window(leaving, [row], starts, counts)
+        parts = [arriving]
+        if total:
+            held = self._read_rows([row], [total], False)
+            parts.insert(0, held)
+        entries = _join(parts)
+        own_queries = None if queries is None else queries[row : row + 1]
+        header = coder.fit(_join([*parts, recent]), own_queries)
+        records = coder.encode(header, entries, own_queries)
+        index = torch.tensor([row], device=self.arena.device)
+        size = entries.num_entries
+        writes = [
+            Write(index, torch.zeros_like(index), header),
+            self._ring_write(records, [row], [0] * (row + 1), [size] * (row + 1), coder,
+                             offset=coder.header_bytes),
+        ]
+        if self.plan.geometry.landmarks:
+            tokens = sink + torch.arange(size, device=self.arena.device)[None]
+            chosen = self._choose(entries, tokens, own_queries, None)
+            writes.append(self._landmark_write(chosen, index))
+        return writes
+
+    def _choose(
+        self,
+        entries: Entries,
+        tokens: torch.Tensor,
+        queries: torch.Tensor | None,
+        present: Landmarks | None,
+    ) -> Landmarks:
+        """The landmarks among ``entries`` and those ``present``."""
+        scores = self.plan.metric(entries, queries)
+        if present is not None:
+            entries = _join([present.entries, entries])
+            tokens = torch.cat([present.tokens, tokens], dim=1)
+            scores = torch.cat([present.scores, scores.float()], dim=1)
+        config = self.plan.config
+        chosen = select_landmarks(
+            scores,
+            tokens,
+            self.plan.geometry.landmarks,
+            segments=config.coverage_segments,
+            priority=config.coverage_priority,
+        )
+        rows = torch.arange(chosen.shape[0], device=chosen.device)[:, None]
+        return Landmarks(
+            Entries(
+                entries.keys.transpose(1, 2)[rows, chosen].transpose(1, 2),
+                entries.values.transpose(1, 2)[rows, chosen].transpose(1, 2),
+            ),
+            tokens[rows, chosen],
+            scores[rows, chosen],
+        )
+
+    def _landmark_write(self, landmarks: Landmarks, rows: torch.Tensor) -> Write:
+        start = torch.full_like(rows, self.plan.landmark_offset)
+        return Write(rows, start, self._landmark_data(landmarks))
+
+    def _ring_write(
+        self,
+        records: torch.Tensor,
+        rows: list[int],
+        totals: list[int],
+        counts: list[int],
+        coder: Coder,
+        offset: int,
+    ) -> Write:
+        """Where each row's new records go; only the last ``num_records`` can stay."""
+        block, slots = coder.block_tokens, coder.num_records
+        moves = []
+        for index, row in enumerate(rows):
+            first, new = totals[row] // block, counts[row] // block
+            moves += [
+                (row, index, record, offset + (first + record) % slots * coder.record_bytes)
+                for record in range(max(0, new - slots), new)
+            ]
+        table = torch.tensor(moves, dtype=torch.long).reshape(-1, 4).T.to(self.arena.device)
+        row_index, own, record, start = table
+        return Write(row_index, start, records[own, record])
+
+
+def _window(entries: Entries, rows: list[int], starts: list[int], counts: list[int]) -> Entries:
+    """Each row's entries ``start .. start + count``, padded to the longest with its last."""
+    width = max(counts[row] for row in rows)
+    if len({starts[row] for row in rows}) == 1:
+        begin = starts[rows[0]]
+        return Entries(
+            entries.keys[rows, :, begin : begin + width],
+            entries.values[rows, :, begin : begin + width],
+        )
+    device = entries.keys.device
+    start = torch.tensor([starts[row] for row in rows], device=device)
+    index = start[:, None] + torch.arange(width, device=device)
+    index = index.clamp(max=entries.num_entries - 1)
+    own = torch.tensor(rows, device=device)[:, None]
+    return Entries(
+        entries.keys[own, :, index].transpose(1, 2), entries.values[own, :, index].transpose(1, 2)
+    )
+
+
+def _join(parts: list[Entries]) -> Entries:
+    return Entries(
+        torch.cat([part.keys for part in parts], dim=2),
+        torch.cat([part.values for part in parts], dim=2),
+    )
+
+
+def _take_row(entries: Entries, index: int, width: int) -> Entries:
+    missing = width - entries.num_entries
+
+    def pad(part: torch.Tensor | None, dims: int) -> torch.Tensor | None:
+        if part is None:
+            return None
+        row = part[index : index + 1]
+        return torch.nn.functional.pad(row, (0, 0) * (dims - 1) + (0, missing))
+
+    keys, values = pad(entries.keys, 2), pad(entries.values, 2)
+    if keys is None or values is None:
+        raise RuntimeError("entries without keys or values")
+    log_weight = entries.log_weight
+    if log_weight is None:
+        log_weight = entries.keys.new_zeros(entries.keys.shape[:3])
+    return Entries(keys, values, pad(log_weight, 1))
+
+
+def _stack_rows(parts: list[Entries]) -> Entries:
+    weights = [part.log_weight for part in parts if part.log_weight is not None]
+    return Entries(
+        torch.cat([part.keys for part in parts]),
+        torch.cat([part.values for part in parts]),
+        torch.cat(weights) if len(weights) == len(parts) else None,
+    )
