@@ -1,0 +1,363 @@
+"""Attention modules that learn which blocks of keys each block of queries should attend to.
+
+Shapes: `B` batch, `N` keys, `Q` queries (the last `Q` of the `N` positions), `H` heads, `D` head
+size, `I` query blocks, `J` key blocks, `P` patterns (`H`, or 1 if shared across heads).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adms.attention.block_sparse.config import AdaptiveConfig
+from adms.attention.block_sparse.kernels import (
+    Kernel,
+    block_sparse_attention,
+    soft_block_attention,
+)
+from adms.attention.block_sparse.layout import BlockLayout, Budget, block_budget
+from adms.attention.block_sparse.scorer import (
+    BudgetPredictor,
+    ImportanceScorer,
+    first_of_blocks,
+    summarize_blocks,
+)
+from adms.attention.block_sparse.selection import gumbel_softmax_topk
+from adms.errors import ADMSTypeError, ADMSValueError, CacheStateError
+
+
+class BlockSparseAdaptive(nn.Module):
+    """Block-sparse attention whose pattern follows from the content.
+
+    A row of the pattern is a block of queries. It attends to a local pattern (segments and
+    dilation) and to the blocks of keys that an importance scorer, reading summaries of blocks,
+    ranks highest; how many of those is predicted too (`budget_range`). In training selection is
+    soft (every block counts by how much it is chosen; dense cost) or, with `hard_sparsity`, hard
+    with the soft gradient. In evaluation it is hard, without noise, and runs on a sparse kernel.
+
+    Source: seeds' "Content-Adaptive Attention Patterns Guide".
+    """
+
+    def __init__(
+        self,
+        segment_lengths: Sequence[int],
+        dilation_rates: Sequence[int],
+        num_heads: int,
+        head_dim: int,
+        adaptive_config: AdaptiveConfig | None = None,
+        *,
+        kernel: Kernel = "auto",
+    ) -> None:
+        """Makes the scorer and the budget predictor.
+
+        Args:
+            segment_lengths: Tokens in a segment of each level of the local pattern; multiples of
+                the block size.
+            dilation_rates: Of as many levels: every how many-th block of a segment is reached.
+            num_heads: H.
+            head_dim: D.
+            adaptive_config: None means `AdaptiveConfig()`.
+            kernel: As in `block_sparse_attention`.
+
+        Raises:
+            ADMSTypeError: `adaptive_config` is no `AdaptiveConfig`.
+            ADMSValueError: Segments, dilation, heads or size do not fit.
+        """
+        super().__init__()
+        config = AdaptiveConfig() if adaptive_config is None else adaptive_config
+        if not isinstance(config, AdaptiveConfig):
+            raise ADMSTypeError(
+                f"adaptive_config must be an AdaptiveConfig, got {type(config).__name__}"
+            )
+        _check_levels(segment_lengths, dilation_rates, config.block_size)
+        if num_heads < 1 or head_dim < 1:
+            raise ADMSValueError(
+                f"num_heads and head_dim must be at least 1, got {num_heads} and {head_dim}"
+            )
+        self.segment_lengths = tuple(segment_lengths)
+        self.dilation_rates = tuple(dilation_rates)
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.config = config
+        self.kernel: Kernel = kernel
+        patterns = 1 if config.share_across_heads else num_heads
+        self.scorer = ImportanceScorer(head_dim, patterns, config.hidden_dim, config.num_layers)
+        self.budget = (
+            BudgetPredictor(head_dim, patterns, config.hidden_dim) if config.budget_range else None
+        )
+        log_temperature = torch.tensor(math.log(config.temperature))
+        if config.learnable_temperature:
+            self.log_temperature = nn.Parameter(log_temperature)
+        else:
+            self.register_buffer("log_temperature", log_temperature)
+        self._density: Tensor | None = None
+        self._target_density = 0.0
+        # A trainer sets a list to gather (pattern [B, H, I, J], sparsity [B, H]) of each call.
+        self.recorded: list[tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def temperature(self) -> float:
+        """Temperature of the soft selection, at least `min_temperature`."""
+        return float(self._temperature().detach())
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        if not self.config.min_temperature <= value < math.inf:
+            raise ADMSValueError(
+                f"temperature must be at least min_temperature {self.config.min_temperature}, "
+                f"got {value}"
+            )
+        with torch.no_grad():
+            self.log_temperature.fill_(math.log(value))
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        is_causal: bool = False,
+        return_pattern: bool = False,
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
+        """Attends; gives the output [B, Q, H, D], and with `return_pattern` also what was chosen.
+
+        The second item holds "patterns", a list of one [B, I, J] a head (bool where selection
+        was hard, weights within 0 and 1 where soft), and "sparsity" [B, H], the share of allowed
+        pairs not attended.
+
+        Args:
+            q: [B, Q, H, D].
+            k: [B, N, H, D].
+            v: [B, N, H, D].
+            is_causal: Whether keys after a query are hidden from it.
+            return_pattern: Whether to return the pattern.
+
+        Raises:
+            ADMSValueError: A shape does not fit.
+        """
+        output, info = self.attend(q, k, v, is_causal)
+        return (output, info) if return_pattern else output
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """As `forward` with the pattern."""
+        self._check(q, k, v)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        size = self.config.block_size
+        weights, sparsity = self.block_weights(q, k, is_causal)
+        if weights.is_floating_point():
+            output = soft_block_attention(q, k, v, weights, size, is_causal=is_causal)
+            patterns = weights.detach()
+            patterns = patterns > 0.5 if self.config.hard_sparsity else patterns
+        else:
+            output = block_sparse_attention(
+                q, k, v, weights, size, is_causal=is_causal, kernel=self.kernel
+            )
+            patterns = weights
+        info = {"patterns": list(patterns.unbind(1)), "sparsity": sparsity}
+        return output.transpose(1, 2), info
+
+    def block_weights(self, q: Tensor, k: Tensor, is_causal: bool = False) -> tuple[Tensor, Tensor]:
+        """The pattern [B, H, I, J] for q [B, H, Q, D], k [B, H, N, D], and its sparsity [B, H].
+
+        The pattern is bool where the sparse kernel is to run, else weights within 0 and 1 with
+        a gradient.
+        """
+        config = self.config
+        trained = self.training and (not config.hard_sparsity or config.straight_through)
+        layout = BlockLayout(q.shape[2], k.shape[2], config.block_size, is_causal)
+        budget = block_budget(layout, config, self.segment_lengths, self.dilation_rates, q.device)
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            weights = self._choose(
+                q, k, budget, is_causal, hard=not trained or config.hard_sparsity
+            )
+        weights = weights.expand(-1, self.num_heads, -1, -1)
+        density = weights.sum((-1, -2)) / budget.allowed.sum()
+        self._density = density.mean()
+        self._target_density = budget.target_density
+        sparsity = 1.0 - density.detach()
+        if self.recorded is not None:
+            self.recorded.append((weights.detach() > 0.5, sparsity))
+        return (weights if trained else weights > 0.5), sparsity
+
+    def get_sparsity_loss(self) -> Tensor:
+        """Squared distance of the last pattern's mean density from the one asked for, a scalar.
+
+        Relative to the density asked for, so that 1 means all of it. Differentiable after a
+        forward pass in training.
+
+        Raises:
+            CacheStateError: There was no forward pass yet.
+        """
+        if self._density is None:
+            raise CacheStateError(
+                "get_sparsity_loss speaks of the last forward pass and there was none; call the "
+                "module first"
+            )
+        return (self._density / self._target_density - 1.0).square()
+
+    def _choose(self, q: Tensor, k: Tensor, budget: Budget, is_causal: bool, hard: bool) -> Tensor:
+        """Weights [B, P, I, J] of the local and adaptive pattern together."""
+        config, size = self.config, self.config.block_size
+        if config.share_across_heads:
+            q, k = q.mean(1, keepdim=True), k.mean(1, keepdim=True)
+        strict = is_causal and config.strict_causal
+        of_queries = first_of_blocks(q, size) if strict else summarize_blocks(q, size)
+        of_keys = summarize_blocks(k, size)
+        factor = 1.0 + torch.zeros_like(of_queries[..., 0])
+        if self.budget is not None:
+            squares = summarize_blocks(k.square().mean(-1, keepdim=True), size)
+            needed = self.budget(of_queries, of_keys, squares, budget.candidates)
+            factor = 1.0 + config.budget_range * needed
+        scores = self.scorer(of_queries, of_keys, budget.candidates)
+        weights = budget.local.to(scores.dtype)
+        fine = budget.adaptive
+        allowed = budget.fine_candidates
+        if config.coarse_factor is not None:
+            coarse = self._choose_coarse(of_queries, k, budget, factor, hard)
+            fine = fine - budget.coarse * config.coarse_factor
+            weights = 1.0 - (1.0 - weights) * (1.0 - coarse)
+        # A row must attend to something, also where the budget rounds to nothing.
+        least = (~budget.local.any(-1) & (budget.coarse == 0)).to(scores.dtype)
+        chosen = self._select(scores, torch.maximum(fine * factor, least), allowed, hard)
+        return 1.0 - (1.0 - weights) * (1.0 - chosen)
+
+    def _choose_coarse(
+        self, of_queries: Tensor, k: Tensor, budget: Budget, factor: Tensor, hard: bool
+    ) -> Tensor:
+        """Weights [B, P, I, J] of the blocks chosen as members of coarse blocks."""
+        merged = self.config.coarse_factor or 1
+        of_keys = summarize_blocks(k, self.config.block_size * merged)
+        scores = self.scorer(of_queries, of_keys, budget.coarse_candidates)
+        chosen = self._select(scores, budget.coarse * factor, budget.coarse_candidates, hard)
+        return chosen.repeat_interleave(merged, -1)[..., : budget.allowed.shape[-1]]
+
+    def _select(self, scores: Tensor, count: Tensor, allowed: Tensor, hard: bool) -> Tensor:
+        noise = self.training and self.config.gumbel_noise
+        temperature = self._temperature()
+        return gumbel_softmax_topk(scores, count, temperature, hard, allowed=allowed, noise=noise)
+
+    def _temperature(self) -> Tensor:
+        return self.log_temperature.exp().clamp(min=self.config.min_temperature)
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        tail = [self.num_heads, self.head_dim]
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+                raise ADMSTypeError(f"{name} must be a floating-point tensor, got {kind}")
+            if x.dim() != 4 or list(x.shape[2:]) != tail or x.shape[0] != q.shape[0]:
+                raise ADMSValueError(
+                    f"{name} must be [batch, tokens, {tail[0]}, {tail[1]}] with the batch of q, "
+                    f"got {list(x.shape)}"
+                )
+        if v.shape != k.shape:
+            raise ADMSValueError(f"v must have the shape of k {list(k.shape)}, got {list(v.shape)}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out the last density, whose graph can be neither copied nor pickled."""
+        return {**self.__dict__, "_density": None}
+
+
+class AdaptiveBlockSparseAttention(nn.Module):
+    """Multi-head attention on [B, N, embed_dim] around `BlockSparseAdaptive`."""
+
+    def __init__(self, embed_dim: int, core: BlockSparseAdaptive, bias: bool = True) -> None:
+        """Makes the four projections around `core`, whose heads must make up `embed_dim`."""
+        super().__init__()
+        if core.num_heads * core.head_dim != embed_dim:
+            raise ADMSValueError(
+                f"embed_dim must be num_heads * head_dim = {core.num_heads} * {core.head_dim}, "
+                f"got {embed_dim}"
+            )
+        self.embed_dim = embed_dim
+        self.core = core
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(embed_dim, embed_dim, bias=bias) for _ in range(4)
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        is_causal: bool = False,
+        return_pattern: bool = False,
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
+        """Attends from query [B, Q, embed_dim] to key and value [B, N, embed_dim].
+
+        `key` None means `query`, `value` None means `key`. With `return_pattern` also what
+        `BlockSparseAdaptive.forward` says of the pattern.
+
+        Raises:
+            ADMSValueError: A shape does not fit.
+        """
+        key = query if key is None else key
+        value = key if value is None else value
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if x.dim() != 3 or x.shape[-1] != self.embed_dim:
+                raise ADMSValueError(
+                    f"{name} must be [batch, tokens, {self.embed_dim}], got {list(x.shape)}"
+                )
+        heads = (-1, self.core.head_dim)
+        q = self.q_proj(query).unflatten(-1, heads)
+        k = self.k_proj(key).unflatten(-1, heads)
+        v = self.v_proj(value).unflatten(-1, heads)
+        attended, info = self.core.attend(q, k, v, is_causal)
+        output: Tensor = self.out_proj(attended.flatten(2))
+        return (output, info) if return_pattern else output
+
+    def get_sparsity_loss(self) -> Tensor:
+        """As `BlockSparseAdaptive.get_sparsity_loss`."""
+        return self.core.get_sparsity_loss()
+
+
+def create_adaptive_block_sparse(
+    embed_dim: int,
+    num_heads: int,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    adaptive_config: AdaptiveConfig | None = None,
+    *,
+    bias: bool = True,
+    kernel: Kernel = "auto",
+    **parameters: Any,
+) -> AdaptiveBlockSparseAttention:
+    """An adaptive block-sparse attention module on [B, N, embed_dim].
+
+    `parameters` are fields of `AdaptiveConfig`, instead of `adaptive_config`.
+
+    Raises:
+        ADMSTypeError: A parameter has a type that cannot work.
+        ADMSValueError: A value does not fit, or both ways to configure were used.
+    """
+    if num_heads < 1 or embed_dim % num_heads:
+        raise ADMSValueError(
+            f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}"
+        )
+    if adaptive_config is not None and parameters:
+        raise ADMSValueError(
+            f"adaptive_config and its fields exclude each other, got both (fields "
+            f"{sorted(parameters)}); use dataclasses.replace(adaptive_config, ...)"
+        )
+    config = AdaptiveConfig.from_dict(parameters) if parameters else adaptive_config
+    core = BlockSparseAdaptive(
+        segment_lengths, dilation_rates, num_heads, embed_dim // num_heads, config, kernel=kernel
+    )
+    return AdaptiveBlockSparseAttention(embed_dim, core, bias)
+
+
+def _check_levels(segments: Sequence[int], rates: Sequence[int], block_size: int) -> None:
+    if len(segments) != len(rates) or not segments:
+        raise ADMSValueError(
+            f"segment_lengths and dilation_rates must have as many entries, at least one, got "
+            f"{list(segments)} and {list(rates)}"
+        )
+    if any(length < 1 or length % block_size for length in segments):
+        raise ADMSValueError(
+            f"segment_lengths must be multiples of block_size {block_size}, got {list(segments)}"
+        )
+    if any(rate < 1 for rate in rates):
+        raise ADMSValueError(f"dilation_rates must be at least 1, got {list(rates)}")
