@@ -57,9 +57,10 @@ def _update_predictor(dims: int) -> nn.Sequential:
 class AdaptiveUpdateAttention(BaseAttention):
     """Attention with fresh queries, and keys and values that are refreshed per row on demand.
 
-    A predictor sees the mean of the chunk, and, where there is a cache, also the drift: how far the
-    mean key (or value) would move, relative to the cached one. Since a projection is linear, this
-    costs one projected token. The weight of the drift starts at 0 and is learned.
+    A predictor sees the mean of the chunk, and, where there is a cache, also the drift: the log of
+    how far the mean key (or value) would move, relative to the cached one. Since a projection is
+    linear, this costs one projected token. The weight of the drift starts at 0 and is learned.
+    Motion that leaves the mean of a chunk where it was shows in no predictor.
 
     - Training: a straight-through gate (forward the hard decision, backward the probability), so
       the loss reaches the predictors; `update_cost` is the term to add for fewer updates.
@@ -229,12 +230,15 @@ class AdaptiveUpdateAttention(BaseAttention):
         mean = x.mean(dim=1)
         if cache is None:
             return predictor(mean).squeeze(-1)
-        fresh = projection(mean[:, None]).squeeze(2)
-        cached = cache.mean(dim=2)
-        tiny = torch.finfo(cached.dtype).tiny
-        drift = (fresh - cached).flatten(1).norm(dim=1) / cached.flatten(1).norm(dim=1).clamp(tiny)
-        # Bounded, so that a cache near zero gives a large number and never inf * 0.
-        drift = drift.clamp(max=100.0)
+        # Measured, not learned through: keys should serve attention and not please their gate.
+        with torch.no_grad():
+            fresh = projection(mean[:, None]).squeeze(2)
+            cached = cache.mean(dim=2)
+            moved, size = (fresh - cached).flatten(1), cached.flatten(1)
+            tiny = torch.finfo(cached.dtype).tiny
+            drift = moved.norm(dim=1) / size.norm(dim=1).clamp(min=tiny)
+            # The log tells 1% from 10% as it tells 10% from 100%; bounded, since 0 is common.
+            drift = drift.clamp(1e-4, 1e4).log()
         logit = predictor[:-1](mean).squeeze(-1) + drift_weight.to(drift.dtype) * drift
         return logit.sigmoid()
 

@@ -236,7 +236,7 @@ def test_update_cost_trains_the_gates_to_reuse():
         layer.update_cost.backward()
         optimizer.step()
     assert costs[-1] < 0.2 < costs[0]
-    assert not layer.should_update_key(x).any()
+    assert not layer.should_update_key(x, caches["key_cache"]).any()
 
 
 def test_an_untrained_layer_refreshes_and_so_is_exact():

@@ -369,7 +369,7 @@ def test_the_refiner_learns_short_spans_where_mass_is_near_and_long_ones_where_i
         x = tokens(24, batch=1) * 0.1
         x[0, :, 0], x[0, :, 1] = at.cos(), at.sin()
         with torch.no_grad():
-            for _ in range(80):
+            for _ in range(60):
                 layer(x)
             layer.learn_online = False
             layer(x)
