@@ -8,8 +8,10 @@ cache as it was.
 Shapes: ``B`` rows, ``K`` KV heads, ``Q`` new tokens, ``D``/``E`` head sizes of keys/values.
 """
 
+import contextlib
 import copy
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,11 +22,20 @@ from adms.config import ADMSConfig, Sizes
 from adms.entries import Entries, TokenShape
 from adms.errors import ADMSTypeError, ADMSValueError, CacheStateError
 from adms.positions import ForwardView
-from adms.tiers.exact import ExactTier, Moves, leaving_entries, plan_moves, write_moves
-from adms.tiers.middle import MiddlePlan, MiddleTier, Write
+from adms.tiers.exact import (
+    ExactTier,
+    Moves,
+    keep_overwritten,
+    leaving_entries,
+    plan_moves,
+    write_moves,
+)
+from adms.tiers.middle import MiddleTier, Write
+from adms.tiers.undo import Undo
+from adms.tiers.window import WindowLayer
 from adms.timeline import Timeline
 
-_BEGIN = threading.Lock()
+_OWNERSHIP = threading.Lock()
 
 
 def own_storage(states: torch.Tensor) -> torch.Tensor:
@@ -72,12 +83,14 @@ class ADMSLayer(CacheLayerMixin):
 
         Raises:
             CacheStateError: no enabled model's pass is under way.
+            ADMSValueError: heads, head sizes or dtype are not those the layer was filled with.
         """
         view = self.cache.require_view()
         if self.exact is None:
             self.lazy_initialization(key_states, value_states)
         if self.exact is None:
             raise RuntimeError("lazy_initialization left the layer without tiers")
+        self._require_alike(self.exact, key_states, value_states)
         self.finite = torch.isfinite(key_states).all() & torch.isfinite(value_states).all()
         if view.in_ring:
             rows, slots = self.cache.in_flight_on(key_states.device)
@@ -85,6 +98,29 @@ class ADMSLayer(CacheLayerMixin):
         else:
             self.staged = Entries(own_storage(key_states), own_storage(value_states))
         return key_states, value_states
+
+    def _require_alike(
+        self, exact: ExactTier, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> None:
+        """Refuses tokens of another shape or dtype; follows the model to another device."""
+        for name, held, new in (
+            ("keys", exact.keys, key_states),
+            ("values", exact.values, value_states),
+        ):
+            if (
+                held.dtype != new.dtype
+                or held.shape[1] != new.shape[1]
+                or held.shape[3] != new.shape[3]
+            ):
+                raise ADMSValueError(
+                    f"{name} of layer {self.layer_idx} have {new.shape[1]} heads of size "
+                    f"{new.shape[3]} in {new.dtype}, the cache holds {held.shape[1]} of size "
+                    f"{held.shape[3]} in {held.dtype}; to change a model's dtype in mid-stream, "
+                    "save the cache and load it again"
+                )
+        if exact.keys.device != key_states.device:
+            self.device = key_states.device
+            self.map_tensors(lambda tensor: tensor.to(self.device))
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocates the tiers for the batch, heads, dtype and device of the first tokens."""
@@ -119,7 +155,7 @@ class ADMSLayer(CacheLayerMixin):
     def prepare(self, moves: Moves, totals: list[int], recent: "RecentWindow") -> "LayerCommit":
         """Works out this layer's part of a commit without changing anything."""
         if self.exact is None:
-            raise CacheStateError(f"layer {self.layer_idx} received no tokens in this pass")
+            raise RuntimeError("a commit without tiers")
         leaving = None
         writes: list[Write] = []
         if moves.num_leaving:
@@ -135,6 +171,13 @@ class ADMSLayer(CacheLayerMixin):
                     self.queries,
                 )
         return LayerCommit(leaving, writes)
+
+    def keep_overwritten(self, commit: "LayerCommit", moves: Moves, undo: Undo) -> None:
+        """Keeps what ``apply`` will overwrite."""
+        if self.exact is not None:
+            keep_overwritten(self.exact, commit.leaving, self.staged, moves, undo)
+        if self.middle is not None:
+            self.middle.keep_overwritten(commit.writes, undo)
 
     def apply(self, commit: "LayerCommit", moves: Moves) -> None:
         """Puts a prepared commit in place."""
@@ -166,7 +209,13 @@ class ADMSLayer(CacheLayerMixin):
         return self.cache.timeline_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Retained entries plus the query, and how far the text is ahead of them."""
+        """Retained entries plus the query, and how far the text is ahead of them.
+
+        Within a pass, the query alone: attention makes its own mask, and what transformers would
+        make for the layers is never read.
+        """
+        if self.cache.view is not None:
+            return query_length, 0
         retained = self.cache.num_entries(self.layer_idx)
         return retained + query_length, self.cache.timeline_length - retained
 
@@ -257,7 +306,9 @@ class ADMSKVCache(Cache):
         self.timeline: Timeline | None = None
         self.view: ForwardView | None = None
         self._in_flight: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._thread: int | None = None
+        self._plain_before: list[tuple[Any, dict[str, Any]]] = []
+        self._owner: object | None = None
+        self._broken = False
 
     # --- binding ---------------------------------------------------------------------------------
 
@@ -303,6 +354,27 @@ class ADMSKVCache(Cache):
 
     # --- one pass --------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Keeps every other call off the cache: one that streams, saves, copies or changes rows.
+
+        Raises:
+            CacheStateError: another call has it.
+        """
+        ticket = object()
+        try:
+            with _OWNERSHIP:
+                if self._owner is not None:
+                    raise CacheStateError(
+                        "this cache is in use by another call; give each thread a cache of its own"
+                    )
+                self._owner = ticket
+            yield
+        finally:
+            # Also right where an interrupt came before or after the line that took it.
+            if self._owner is ticket:
+                self._owner = None
+
     def begin(self, batch: int, columns: int, valid: torch.Tensor | None, device: torch.device) -> None:
         """Opens a pass of ``columns`` tokens for every row.
 
@@ -313,46 +385,47 @@ class ADMSKVCache(Cache):
             device: where the model's input lies.
 
         Raises:
-            CacheStateError: another pass is under way, or ``batch`` is not the cache's.
+            CacheStateError: ``batch`` is not the cache's, or the model was disabled.
         """
-        with _BEGIN:
-            if self._thread is not None:
-                raise CacheStateError(
-                    "this cache is in use by another call; give each thread a cache of its own"
-                )
-            self._thread = threading.get_ident()
-        try:
-            binding = self.binding_for_use
-            binding.require_active()
-            timeline = self.timeline
-            if timeline is None or timeline.batch_size == 0:
-                timeline = Timeline(
-                    binding.sizes, binding.block_tokens, [0] * batch, [0] * batch
-                )
-            if timeline.batch_size != batch:
-                raise CacheStateError(
-                    f"this cache holds {timeline.batch_size} rows, the input has {batch}; use "
-                    "cache.reset() for a new batch, or batch_repeat_interleave / "
-                    "batch_select_indices to change the rows"
-                )
-            if valid is not None and bool(valid.all()):
-                valid = None
-            new = [columns] * batch if valid is None else valid.sum(1).tolist()
-            binding.check_room(timeline, new)
-            self.timeline = timeline
-            self.view = ForwardView(
-                timeline,
-                new,
-                columns,
-                valid,
-                device,
-                text_positions=not self.config.enable_pos_shift,
-                anchor_mode=self.config.anchor_mode,
+        binding = self.binding_for_use
+        binding.require_active()
+        if self._broken:
+            raise CacheStateError(
+                "an earlier update failed half-way and could not be undone, so this cache holds "
+                "nothing reliable; call cache.reset(), or load a session"
             )
-            self._in_flight = {}
-        except BaseException:
-            self._thread = None
-            raise
+        timeline = self.timeline
+        if timeline is None or timeline.batch_size == 0:
+            timeline = Timeline(binding.sizes, binding.block_tokens, [0] * batch, [0] * batch)
+        if timeline.batch_size != batch:
+            raise CacheStateError(
+                f"this cache holds {timeline.batch_size} rows, the input has {batch}; use "
+                "cache.reset() for a new batch, or batch_repeat_interleave / "
+                "batch_select_indices to change the rows"
+            )
+        if valid is not None and bool(valid.all()):
+            valid = None
+        new = [columns] * batch if valid is None else valid.sum(1).tolist()
+        binding.check_room(timeline, new)
+        view = ForwardView(
+            timeline,
+            new,
+            columns,
+            valid,
+            device,
+            text_positions=not self.config.enable_pos_shift,
+            anchor_mode=self.config.anchor_mode,
+        )
+        # Layers that ADMS leaves alone take their tokens at once, in new tensors.
+        self._plain_before = [
+            (layer, dict(layer.__dict__))
+            for layer in self.layers
+            if not isinstance(layer, ADMSLayer)
+        ]
+        self._in_flight = {}
+        # In this order: a view without its timeline is nothing, and rollback sees that.
+        self.view = view
+        self.timeline = timeline
 
     def require_view(self) -> ForwardView:
         """The pass under way.
@@ -385,12 +458,14 @@ class ADMSKVCache(Cache):
 
         Raises:
             ADMSValueError: keys or values of a layer were not finite.
+            CacheStateError: a layer received no tokens.
         """
         view, timeline = self.require_view(), self.timeline
         if timeline is None:
             raise RuntimeError("a pass without a timeline")
         layers = [layer for layer in self.layers if isinstance(layer, ADMSLayer)]
-        self._require_finite(layers)
+        windows = [layer for layer in self.layers if isinstance(layer, WindowLayer)]
+        self._require_finite([*layers, *windows])
         after = timeline.evicted_after(view.new)
         commits: list[LayerCommit] = []
         moves_by_device: dict[torch.device, Moves] = {}
@@ -405,33 +480,59 @@ class ADMSKVCache(Cache):
                         timeline, view.new, columns, view.in_ring, after, device
                     )
                 commits.append(layer.prepare(moves_by_device[device], totals, recent))
-            for layer, commit in zip(layers, commits, strict=True):
+        undo = Undo()
+        for layer, commit in zip(layers, commits, strict=bool(commits)):
+            layer.keep_overwritten(commit, moves_by_device[layer.device], undo)
+        for window in windows:
+            window.keep_overwritten(timeline, view, undo)
+        try:
+            for layer, commit in zip(layers, commits, strict=bool(commits)):
                 layer.apply(commit, moves_by_device[layer.device])
-        timeline.seen = [old + new for old, new in zip(timeline.seen, view.new, strict=True)]
-        timeline.evicted = after
-        timeline.length += view.columns
+            for window in windows:
+                window.commit(timeline, view)
+            # All that tells the new state from the old is this one assignment, so an interrupt
+            # falls before it or after it.
+            self.timeline = timeline.after(view.new, after, view.columns)
+        except BaseException:
+            if self.timeline is timeline:
+                self._broken = True
+                undo.restore()
+                self._broken = False
+            raise
         self._close()
 
     def rollback(self) -> None:
-        """Forgets the pass under way."""
-        for layer in self.layers:
-            if isinstance(layer, ADMSLayer) and layer.exact is not None and self.view is not None:
-                layer.clear_in_flight(self.view)
-        if self.timeline is not None and not any(self.timeline.seen):
-            # Nothing was ever committed, so neither the batch size nor the buffers are settled.
-            self.reset()
-        self._close()
+        """Forgets the pass under way; does nothing where it was committed."""
+        view = self.view
+        try:
+            if view is not None and self.timeline is view.timeline:
+                for layer in self.layers:
+                    if isinstance(layer, ADMSLayer) and layer.exact is not None:
+                        layer.clear_in_flight(view)
+                for plain, before in self._plain_before:
+                    plain.__dict__.update(before)
+                if self.timeline.length == 0:
+                    # Nothing was ever committed, so neither the batch size nor the buffers are
+                    # settled.
+                    self._clear()
+        finally:
+            self._close()
 
     def _close(self) -> None:
         for layer in self.layers:
-            if isinstance(layer, ADMSLayer):
+            if isinstance(layer, ADMSLayer | WindowLayer):
                 layer.drop_pass()
-        self.view = None
+        self._plain_before = []
         self._in_flight = {}
-        self._thread = None
+        self.view = None
 
-    def _require_finite(self, layers: list[ADMSLayer]) -> None:
+    def _require_finite(self, layers: list[ADMSLayer | WindowLayer]) -> None:
         flags = [(layer, layer.finite) for layer in layers if layer.finite is not None]
+        if len(flags) < len(layers):
+            missing = next(layer.layer_idx for layer in layers if layer.finite is None)
+            raise CacheStateError(
+                f"layer {missing} received no tokens in this pass; every attention layer must run"
+            )
         devices = {flag.device for _, flag in flags}
         for device in devices:
             own = [(layer, flag) for layer, flag in flags if flag.device == device]
@@ -478,12 +579,7 @@ class ADMSKVCache(Cache):
         """Bytes of every tensor the cache holds, hidden and temporary ones included."""
         storages = {}
         for layer in self.layers:
-            held = (
-                layer.tensors()
-                if isinstance(layer, ADMSLayer)
-                else [part for part in (layer.keys, layer.values) if part is not None]
-            )
-            for tensor in held:
+            for tensor in layer.tensors():
                 storage = tensor.untyped_storage()
                 storages[storage.data_ptr(), tensor.device] = storage.nbytes()
         return sum(storages.values())
@@ -598,29 +694,41 @@ class ADMSKVCache(Cache):
         return self.timeline is not None and self.timeline.length > 0
 
     def reset(self) -> None:
-        """Forgets the stream; the binding and the configuration stay."""
-        for layer in self.layers:
-            layer.reset()
-            if not isinstance(layer, ADMSLayer) and self.binding is not None:
-                self.layers[self.layers.index(layer)] = self.binding.plain_layer(
-                    self.layers.index(layer)
-                )
+        """Forgets the stream; the binding and the configuration stay.
+
+        Raises:
+            CacheStateError: another call is using the cache.
+        """
+        with self.exclusive():
+            self._clear()
+            self._close()
+
+    def _clear(self) -> None:
+        self._broken = True
         self.timeline = None
-        self.view = None
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, ADMSLayer):
+                layer.reset()
+            else:
+                self.layers[index] = self.binding_for_use.plain_layer(index)
+        self._broken = False
 
     def _select_rows(self, rows: torch.Tensor) -> None:
-        if self.view is not None:
-            raise CacheStateError("rows cannot be changed while a pass is under way")
-        if self.timeline is None:
-            return
-        order = rows.tolist()
-        if not order or min(order) < 0 or max(order) >= self.timeline.batch_size:
-            raise ADMSValueError(
-                f"row indices must lie in 0..{self.timeline.batch_size - 1}, got {order}"
-            )
-        for layer in self.layers:
-            layer.reorder_cache(rows)
-        self.timeline.select(order)
+        with self.exclusive():
+            timeline = self.timeline
+            if timeline is None:
+                return
+            order = rows.tolist()
+            if not order or min(order) < 0 or max(order) >= timeline.batch_size:
+                raise ADMSValueError(
+                    f"row indices must lie in 0..{timeline.batch_size - 1}, got {order}"
+                )
+            # Until the counts follow, tensors and counts speak of different rows.
+            self._broken = True
+            for layer in self.layers:
+                layer.reorder_cache(rows)
+            self.timeline = timeline.of_rows(order)
+            self._broken = False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Rows in the order of ``beam_idx`` ``[B]`` (beam search)."""
@@ -658,12 +766,12 @@ class ADMSKVCache(Cache):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ADMSKVCache":
-        if self.view is not None:
-            raise CacheStateError("a cache cannot be copied while a pass is under way")
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        for name, value in self.__dict__.items():
-            # The binding belongs to the model and is shared by all its caches.
-            shared = name == "binding"
-            twin.__dict__[name] = value if shared else copy.deepcopy(value, memo)
+        with self.exclusive():
+            twin = type(self).__new__(type(self))
+            memo[id(self)] = twin
+            for name, value in self.__dict__.items():
+                # The binding belongs to the model and is shared by all its caches.
+                shared = name == "binding"
+                twin.__dict__[name] = value if shared else copy.deepcopy(value, memo)
+            twin._owner = None
         return twin

@@ -59,31 +59,33 @@ def stream(
     chunk = cache.sizes.chunk
     bounds = list(range(columns % chunk or min(chunk, columns), columns, chunk)) + [columns]
     outputs, start = [], 0
-    for stop in bounds:
-        own = _slice_arguments(arguments, start, stop, columns)
-        own_valid = None if valid is None else valid[:, start:stop]
-        cache.begin(batch, stop - start, own_valid, inputs.device)
-        try:
-            own["past_key_values"] = cache
-            own["adms_cache"] = cache
-            if adjust is not None:
-                adjust(own, cache)
-            with torch.no_grad():
-                outputs.append(forward(**own))
-                cache.commit()
-        except Exception as error:
-            cache.rollback()
-            stored = f"{start} of the call's {columns} tokens per row were stored before"
-            if isinstance(error, ADMSError):
-                raise type(error)(f"{error}; {stored}") from error
-            raise ForwardError(
-                f"{type(error).__name__} in a forward pass: {error}; {stored}, the cache is as it "
-                "was after those and the stream can go on from there"
-            ) from error
-        except BaseException:
-            cache.rollback()
-            raise
-        start = stop
+    # Held for the whole call: tokens of another one must not come between its chunks.
+    with cache.exclusive():
+        for stop in bounds:
+            own = _slice_arguments(arguments, start, stop, columns)
+            own_valid = None if valid is None else valid[:, start:stop]
+            try:
+                cache.begin(batch, stop - start, own_valid, inputs.device)
+                own["past_key_values"] = cache
+                own["adms_cache"] = cache
+                if adjust is not None:
+                    adjust(own, cache)
+                with torch.no_grad():
+                    outputs.append(forward(**own))
+                    cache.commit()
+            except Exception as error:
+                cache.rollback()
+                stored = f"{start} of the call's {columns} tokens per row were stored before"
+                if isinstance(error, ADMSError):
+                    raise type(error)(f"{error}; {stored}") from error
+                raise ForwardError(
+                    f"{type(error).__name__} in a forward pass: {error}; {stored}, the cache is as "
+                    "it was after those and the stream can go on from there"
+                ) from error
+            except BaseException:
+                cache.rollback()
+                raise
+            start = stop
     return join_outputs(outputs, cache)
 
 

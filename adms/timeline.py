@@ -18,9 +18,9 @@ import torch
 from adms.config import Sizes
 
 
-@dataclass
+@dataclass(frozen=True)
 class Timeline:
-    """The counts of all rows of one cache.
+    """The counts of all rows of one cache; every change makes another.
 
     Attributes:
         sizes: the cache's sizes.
@@ -70,10 +70,16 @@ class Timeline:
             result.append(max(target, evicted))
         return result
 
-    def select(self, rows: list[int]) -> None:
-        """Reorders, repeats or drops rows."""
-        self.seen = [self.seen[row] for row in rows]
-        self.evicted = [self.evicted[row] for row in rows]
+    def after(self, new: list[int], evicted: list[int], columns: int) -> "Timeline":
+        """The counts once ``new`` tokens per row, of ``columns`` columns, are committed."""
+        seen = [old + count for old, count in zip(self.seen, new, strict=True)]
+        return Timeline(self.sizes, self.block, seen, evicted, self.length + columns)
+
+    def of_rows(self, rows: list[int]) -> "Timeline":
+        """The counts with rows reordered, repeated or dropped."""
+        seen = [self.seen[row] for row in rows]
+        evicted = [self.evicted[row] for row in rows]
+        return Timeline(self.sizes, self.block, seen, evicted, self.length)
 
 
 def ring_tokens(seen: torch.Tensor, ring: int) -> torch.Tensor:

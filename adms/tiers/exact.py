@@ -10,6 +10,7 @@ import torch
 
 from adms.config import Sizes
 from adms.entries import Entries
+from adms.tiers.undo import Undo
 from adms.timeline import Timeline
 
 
@@ -171,3 +172,14 @@ def write_moves(
         rows, columns, slots = moves.stay_rows, moves.stay_columns, moves.stay_slots
         tier.keys[rows, :, slots] = staged.keys[rows, :, columns]
         tier.values[rows, :, slots] = staged.values[rows, :, columns]
+
+
+def keep_overwritten(
+    tier: ExactTier, leaving: Entries | None, staged: Entries | None, moves: Moves, undo: Undo
+) -> None:
+    """Keeps what ``write_moves`` with the same arguments overwrites."""
+    for part in tier.tensors():
+        if leaving is not None and len(moves.sink_rows):
+            undo.keep(part, moves.sink_rows, slice(None), moves.sink_slots)
+        if staged is not None and len(moves.stay_rows):
+            undo.keep(part, moves.stay_rows, slice(None), moves.stay_slots)

@@ -20,6 +20,7 @@ from adms.config import ADMSConfig
 from adms.entries import Entries, TokenShape
 from adms.importance import Metric, needs_queries
 from adms.positions import MiddleGeometry
+from adms.tiers.undo import Undo
 
 # Views of the arena as wider types need aligned starts.
 ALIGNMENT = 16
@@ -228,8 +229,16 @@ class MiddleTier:
     def apply(self, writes: list[Write]) -> None:
         """Puts prepared bytes in place."""
         for write in writes:
-            span = torch.arange(write.data.shape[1], device=self.arena.device)
-            self.arena[write.rows[:, None], write.start[:, None] + span] = write.data
+            self.arena[self._place(write)] = write.data
+
+    def keep_overwritten(self, writes: list[Write], undo: Undo) -> None:
+        """Keeps what ``apply`` with the same writes overwrites."""
+        for write in writes:
+            undo.keep(self.arena, *self._place(write))
+
+    def _place(self, write: Write) -> tuple[torch.Tensor, torch.Tensor]:
+        span = torch.arange(write.data.shape[1], device=self.arena.device)
+        return write.rows[:, None], write.start[:, None] + span
 
     def _append(
         self,
