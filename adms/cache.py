@@ -269,7 +269,8 @@ class RecentWindow:
             raise RuntimeError("a layer without tiers was asked for its window")
         sizes, device = self.timeline.sizes, layer.exact.keys.device
         written = self.timeline.seen[row] + (self.view.new[row] if self.view.in_ring else 0)
-        tokens = torch.arange(self.evicted_after[row], written, device=device)
+        # A pass longer than the window may push out tokens of its own: none of the ring stays.
+        tokens = torch.arange(min(self.evicted_after[row], written), written, device=device)
         slots = sizes.sink + tokens % sizes.ring
         keys = layer.exact.keys[row : row + 1, :, slots]
         values = layer.exact.values[row : row + 1, :, slots]
