@@ -27,8 +27,12 @@ BUDGET_ITEMSIZE = 2
 class PositionScheme(Protocol):
     """How an architecture brings positions into attention."""
 
-    def tables(self, positions: torch.Tensor, like: torch.Tensor) -> Any:
-        """What ``rotate`` needs for ``positions [B, N]``, in the dtype of ``like``."""
+    def tables(self, positions: torch.Tensor, like: torch.Tensor, queries: torch.Tensor) -> Any:
+        """What ``rotate`` needs for ``positions [B, N]``, in the dtype of ``like``.
+
+        ``queries [B, Q]`` are the positions of the pass's new tokens: some rotary embeddings choose
+        their frequencies by the farthest one, which must be the same for keys and queries.
+        """
 
     def rotate(self, states: torch.Tensor, tables: Any) -> torch.Tensor:
         """Queries or keys ``[B, heads, N, D]`` at these positions."""
@@ -36,7 +40,10 @@ class PositionScheme(Protocol):
     def bias(
         self, queries: torch.Tensor, keys: torch.Tensor, num_heads: int
     ) -> torch.Tensor | None:
-        """``[B, H, Q, N]`` added to scores for positions ``[B, Q]`` and ``[B, N]``, or None."""
+        """``[B, H, Q or 1, N]`` added to scores for positions ``[B, Q]`` and ``[B, N]``, or None.
+
+        Scores are summed in the precision of what this returns.
+        """
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,8 @@ class Binding:
         raw = RawCoder(shape, dtype, tokens)
         arena_bytes = tokens * raw.record_bytes
         coded_bytes = tokens * shape.num_elements * BUDGET_ITEMSIZE
-        landmarks, each = 0, landmark_bytes(shape, dtype)
+        # Counted like everything of the middle, at two bytes an element whatever the dtype.
+        landmarks, each = 0, landmark_bytes(shape, torch.float16)
         if config.importance_ratio > 0:
             landmarks = int(coded_bytes * config.importance_ratio) // each
             # At most half, so that a small budget still codes something.

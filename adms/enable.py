@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adms import compat
-from adms.attention.tiered import attend
+from adms.attention.window import attend_layer
 from adms.binding import Binding
 from adms.cache import ADMSKVCache
 from adms.compressors import resolve_compressor
@@ -29,6 +29,7 @@ from adms.errors import ADMSTypeError, ADMSValueError, CacheStateError
 from adms.generation import check_generate
 from adms.importance import METRICS
 from adms.patches import Family, find_family
+from adms.patches.base import bind_method, modeling_function
 from adms.streaming import named_arguments, stream
 
 Undo = Callable[[], None]
@@ -175,12 +176,14 @@ def _install(model: nn.Module, family: Family) -> Installation:
     decoder = family.decoder(model)
     try:
         installation.undo += family.install(decoder)
-        installation.undo.append(_install_attention(decoder))
+        installation.undo += family.install_model(model)
+        if family.uses_attention_interface:
+            installation.undo.append(_install_attention(decoder))
         installation.undo.append(_install_forward(decoder))
         _DECODERS[decoder] = installation
         installation.undo.append(partial(_DECODERS.pop, decoder, None))
         if hasattr(model, "generate"):
-            installation.undo.append(_install_method(model, "generate", _generate))
+            installation.undo.append(bind_method(model, "generate", _generate))
     except BaseException:
         for step in reversed(installation.undo):
             step()
@@ -233,19 +236,18 @@ def adms_attention(
     Returns:
         ``[B, Q, H, E]`` and no weights.
     """
-    layer_idx = module.layer_idx
-    if adms_cache is None or not adms_cache.binding_for_use.is_adms_layer(layer_idx):
+    if adms_cache is None:
         function = _base_function(module, base)
         return function(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
     scaling = kwargs.get("scaling")
-    output = attend(
+    output = attend_layer(
         adms_cache,
-        adms_cache.layers[layer_idx],
-        adms_cache.binding_for_use.kinds[layer_idx].scheme,
+        module.layer_idx,
         query,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         dropout=kwargs.get("dropout", 0.0),
-        softcap=kwargs.get("softcap"),
+        # transformers' own "sdpa" has none; a model that asks for both runs without it there.
+        softcap=None if base == "sdpa" else kwargs.get("softcap"),
     )
     return output.contiguous(), None
 
@@ -253,8 +255,6 @@ def adms_attention(
 def _base_function(module: nn.Module, base: str) -> Callable[..., Any]:
     if base in ALL_ATTENTION_FUNCTIONS:
         return ALL_ATTENTION_FUNCTIONS[base]  # type: ignore[no-any-return]
-    from adms.patches.base import modeling_function
-
     return modeling_function(module, "eager_attention_forward")
 
 
@@ -282,32 +282,7 @@ def _decoder_forward(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _install_forward(decoder: nn.Module) -> Undo:
-    # accelerate keeps a module's forward aside and calls it from a wrapper of its own.
-    name = "_old_forward" if hasattr(decoder, "_hf_hook") else "forward"
-    return _install_method(decoder, name, _decoder_forward)
-
-
-def _install_method(owner: nn.Module, name: str, function: Callable[..., Any]) -> Undo:
-    """Binds ``function`` to ``owner`` under ``name``; the undo restores what was there.
-
-    A bound method follows its owner through ``copy.deepcopy``, which a closure would not.
-    """
-    before = owner.__dict__.get(name)
-    ours = types.MethodType(function, owner)
-    owner.__dict__[name] = ours
-
-    def undo() -> None:
-        # accelerate may have moved our method aside since.
-        for place in (name, "_old_forward"):
-            if getattr(owner.__dict__.get(place), "__func__", None) is function:
-                if before is not None:
-                    owner.__dict__[place] = before
-                elif place == name:
-                    del owner.__dict__[place]
-                else:
-                    owner.__dict__[place] = types.MethodType(type(owner).forward, owner)
-
-    return undo
+    return bind_method(decoder, "forward", _decoder_forward)
 
 
 def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -162,12 +162,15 @@ class ForwardView:
         in_ring = tokens >= self.evicted[:, None]
         return torch.where(in_ring, recent, tokens.float()).clamp(min=0)
 
+    def column_offsets(self) -> torch.Tensor:
+        """How many real tokens of the pass come before each new one: ``[B, Q]``."""
+        if self.column_valid is None:
+            return torch.arange(self.columns, device=self.device)[None]
+        return (self.column_valid.long().cumsum(1) - 1).clamp(min=0)
+
     def query_positions(self, geometry: MiddleGeometry | None) -> torch.Tensor:
         """Cache positions ``[B, Q]`` of the new tokens (padding repeats its neighbour's)."""
-        if self.column_valid is None:
-            offset = torch.arange(self.columns, device=self.device)[None]
-        else:
-            offset = (self.column_valid.long().cumsum(1) - 1).clamp(min=0)
+        offset = self.column_offsets()
         if self.text_positions:
             return (self.seen[:, None] + offset).float()
         held = self.seen - self.evicted

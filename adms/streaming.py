@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from adms.cache import ADMSKVCache
 from adms.errors import ADMSError, ADMSTypeError, ADMSValueError, CacheStateError, ForwardError
@@ -145,19 +144,32 @@ def join_outputs(outputs: list[Any], cache: ADMSKVCache) -> Any:
             cache if part is cache else torch.cat([output[index] for output in outputs], dim=1)
             for index, part in enumerate(first)
         )
-    joined = BaseModelOutputWithPast(
+    # The model around the decoder may ask for what only its own class of outputs has.
+    joined = type(first)(
         last_hidden_state=torch.cat([output.last_hidden_state for output in outputs], dim=1),
         past_key_values=cache,
     )
-    hidden = [output.get("hidden_states") for output in outputs]
-    if hidden[0] is not None:
-        joined["hidden_states"] = tuple(torch.cat(layer, dim=1) for layer in zip(*hidden, strict=True))
+    for name, join in (("hidden_states", _join_columns), ("router_logits", _join_flat)):
+        parts = [output.get(name) for output in outputs]
+        if parts[0] is not None:
+            batch = first.last_hidden_state.shape[0]
+            joined[name] = tuple(join(layer, batch) for layer in zip(*parts, strict=True))
     if first.get("attentions") is not None:
         raise ADMSValueError(
             "output_attentions is not available for an input longer than prefill_chunk_size, since "
             "every chunk attends to a different cache; shorten the input or leave it out"
         )
     return joined
+
+
+def _join_columns(parts: tuple[torch.Tensor, ...], batch: int) -> torch.Tensor:
+    """``[B, Q, ...]`` of every chunk as one."""
+    return torch.cat(parts, dim=1)
+
+
+def _join_flat(parts: tuple[torch.Tensor, ...], batch: int) -> torch.Tensor:
+    """``[B * Q, ...]`` of every chunk as one, rows still one after the other."""
+    return torch.cat([part.unflatten(0, (batch, -1)) for part in parts], dim=1).flatten(0, 1)
 
 
 def named_arguments(

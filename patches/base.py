@@ -1,10 +1,11 @@
 """What a family of architectures has to tell, and how one is found for a model.
 
-Shapes: ``B`` rows, ``H`` query heads, ``N`` entries, ``D`` head size.
+Shapes: ``B`` rows, ``H`` query heads, ``Q`` new tokens, ``N`` entries, ``D`` head size.
 """
 
 import copy
 import sys
+import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -27,18 +28,33 @@ class RotaryScheme:
         embedding: the model's rotary embedding; a copy is kept, since some kinds change their
             buffers with the longest position they have seen.
         apply: the modeling file's ``apply_rotary_pos_emb``.
+        layer_type: which of the embedding's sets of frequencies, where it has several.
     """
 
-    def __init__(self, embedding: nn.Module, apply: Callable[..., Any]) -> None:
+    def __init__(
+        self, embedding: nn.Module, apply: Callable[..., Any], layer_type: str | None = None
+    ) -> None:
         self.embedding = copy.deepcopy(embedding)
         self.apply = apply
+        self.choice = () if layer_type is None else (layer_type,)
+        rope_type = getattr(embedding, "rope_type", "default")
+        if isinstance(rope_type, dict):
+            rope_type = rope_type.get(layer_type, "default")
+        # These choose their frequencies by the farthest position of a call.
+        self.depends_on_farthest = "dynamic" in rope_type or rope_type == "longrope"
 
     def tables(
-        self, positions: torch.Tensor, like: torch.Tensor
+        self, positions: torch.Tensor, like: torch.Tensor, queries: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines ``[B, N, D]`` of ``positions [B, N]``, as the model computes them."""
-        cos, sin = self.embedding(like, positions)
-        return cos, sin
+        if not self.depends_on_farthest:
+            cos, sin = self.embedding(like, positions, *self.choice)
+            return cos, sin
+        # Keys and queries are asked for apart and must get the same frequencies.
+        farthest = queries.amax().to(positions.dtype).expand(positions.shape[0], 1)
+        joined = torch.cat([positions, farthest], dim=1)
+        cos, sin = self.embedding(like, joined, *self.choice)
+        return cos[:, :-1], sin[:, :-1]
 
     def rotate(
         self, states: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]
@@ -55,6 +71,50 @@ class RotaryScheme:
         return None
 
 
+class PlainScheme:
+    """Keys and queries as they are: positions enter elsewhere, or as a bias of a subclass."""
+
+    def tables(self, positions: torch.Tensor, like: torch.Tensor, queries: torch.Tensor) -> None:
+        """Nothing."""
+
+    def rotate(self, states: torch.Tensor, tables: Any) -> torch.Tensor:
+        """The states."""
+        return states
+
+    def bias(
+        self, queries: torch.Tensor, keys: torch.Tensor, num_heads: int
+    ) -> torch.Tensor | None:
+        """None."""
+        return None
+
+
+class Slopes:
+    """A model's ALiBi slopes, on whatever device they are asked for.
+
+    Args:
+        slopes: ``[H]``.
+    """
+
+    def __init__(self, slopes: torch.Tensor) -> None:
+        self._by_device = {slopes.device: slopes}
+        self.slopes = slopes
+
+    def on(self, device: torch.device, num_heads: int) -> torch.Tensor:
+        """The slopes ``[H, 1, 1]``.
+
+        Raises:
+            UnsupportedModelError: the attention has other heads, as under tensor parallelism.
+        """
+        if num_heads != len(self.slopes):
+            raise UnsupportedModelError(
+                f"attention has {num_heads} heads here and the model {len(self.slopes)} ALiBi "
+                "slopes; tensor parallelism is not supported for ALiBi, use one process"
+            )
+        if device not in self._by_device:
+            self._by_device[device] = self.slopes.to(device)
+        return self._by_device[device][:, None, None]
+
+
 class Family(ABC):
     """One family of architectures.
 
@@ -62,11 +122,15 @@ class Family(ABC):
         name: as it appears in tables and messages.
         model_types: ``config.model_type`` values it covers.
         exact: whether cache positions reproduce the model exactly; a sentence where not.
+        positions: how positions are handled, in a few words.
     """
 
     name: str = ""
     model_types: tuple[str, ...] = ()
     exact: str = "exact"
+    positions: str = "rotary"
+    # Whether attention modules ask transformers for their attention function.
+    uses_attention_interface: bool = True
 
     def decoder(self, model: nn.Module) -> nn.Module:
         """The module that runs the layers (``model`` itself where it has no head)."""
@@ -88,7 +152,11 @@ class Family(ABC):
     def install(self, decoder: nn.Module) -> list[Undo]:
         """Makes the attention modules hand keys over before positions; returns how to undo it."""
 
-    def adjust(self, arguments: dict[str, Any], cache: ADMSKVCache) -> None:
+    def install_model(self, model: nn.Module) -> list[Undo]:
+        """Changes methods of the model around the decoder; nothing by default."""
+        return []
+
+    def adjust(self, arguments: dict[str, Any], cache: ADMSKVCache) -> None:  # noqa: B027
         """Changes a chunk's arguments before the decoder sees them; nothing by default."""
 
     def output_weight(self, attention: nn.Module) -> torch.Tensor | None:
@@ -106,6 +174,33 @@ FAMILIES: list[Family] = []
 def modeling_function(module: nn.Module, name: str) -> Callable[..., Any]:
     """A function of the file that defines a module's class."""
     return getattr(sys.modules[type(module).__module__], name)  # type: ignore[no-any-return]
+
+
+def bind_method(owner: nn.Module, name: str, function: Callable[..., Any]) -> Undo:
+    """Binds ``function`` to ``owner`` under ``name``; the undo restores what was there.
+
+    A bound method follows its owner through ``copy.deepcopy``, which a closure would not.
+    """
+    # accelerate keeps a module's forward aside under this name and calls it from a wrapper.
+    aside = "_old_forward"
+    places = (name, aside) if name == "forward" else (name,)
+    place = aside if aside in places and aside in owner.__dict__ else name
+    before = owner.__dict__.get(place)
+    owner.__dict__[place] = types.MethodType(function, owner)
+
+    def undo() -> None:
+        # accelerate may have come or gone since, and our method with it.
+        for spot in places:
+            if getattr(owner.__dict__.get(spot), "__func__", None) is not function:
+                continue
+            if before is not None:
+                owner.__dict__[spot] = before
+            elif spot == name:
+                del owner.__dict__[spot]
+            else:
+                owner.__dict__[spot] = types.MethodType(getattr(type(owner), name), owner)
+
+    return undo
 
 
 def find_family(model: nn.Module) -> Family:

@@ -56,7 +56,7 @@ def attend(
     geometry = layer.middle.plan.geometry if layer.middle is not None else None
     parts = _parts(cache, layer, scheme, view, geometry, query)
     query_positions, query_tables = _shared(
-        view, ("query", geometry), lambda: view.query_positions(geometry), scheme, query
+        view, "query", geometry, lambda: view.query_positions(geometry), scheme, query
     )
     keys = [scheme.rotate(part.entries.keys, part.tables) for part in parts]
     values = [part.entries.values for part in parts]
@@ -97,8 +97,8 @@ def grouped_attention(
     rows, heads, count, _ = query.shape
     kv_heads = keys.shape[1]
     group = heads // kv_heads
-    if softcap is not None:
-        return _softcapped(query, keys, values, bias, is_causal, scaling, dropout, softcap)
+    if softcap is not None or (bias is not None and bias.dtype != query.dtype):
+        return _explicit(query, keys, values, bias, is_causal, scaling, dropout, softcap)
     if group == 1 or is_causal:
         output = scaled_dot_product_attention(
             query,
@@ -131,7 +131,7 @@ def _pack_bias(bias: torch.Tensor, kv_heads: int, group: int, count: int) -> tor
     return bias.unflatten(1, (kv_heads, group)).flatten(2, 3)
 
 
-def _softcapped(
+def _explicit(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -139,13 +139,17 @@ def _softcapped(
     is_causal: bool,
     scaling: float,
     dropout: float,
-    softcap: float,
+    softcap: float | None,
 ) -> torch.Tensor:
-    """Attention whose scores pass a tanh before bias and softmax, which fused kernels lack."""
+    """Attention step by step, for what fused kernels lack.
+
+    That is scores that pass a tanh before bias and softmax, or a bias of another dtype.
+    """
     kv_heads = keys.shape[1]
     grouped = query.unflatten(1, (kv_heads, -1))
     scores = grouped @ keys[:, :, None].transpose(-1, -2) * scaling
-    scores = torch.tanh(scores / softcap) * softcap
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     if is_causal:
         count = query.shape[2]
         future = torch.ones(count, count, dtype=torch.bool, device=query.device).triu(1)
@@ -161,14 +165,20 @@ def _softcapped(
 
 
 def _shared(
-    view: ForwardView, key: object, positions: Any, scheme: PositionScheme, like: torch.Tensor
+    view: ForwardView,
+    part: str,
+    geometry: MiddleGeometry | None,
+    positions: Any,
+    scheme: PositionScheme,
+    like: torch.Tensor,
 ) -> tuple[torch.Tensor, Any]:
     """Positions and tables that all layers of one kind share within a pass."""
     # A model split over devices needs the tables on each of them.
-    full_key = (key, id(scheme), like.device)
+    full_key = (part, geometry, id(scheme), like.device)
     if full_key not in view.shared:
         found = positions().to(like.device)
-        view.shared[full_key] = (found, scheme.tables(found, like))
+        queries = view.query_positions(geometry).to(like.device)
+        view.shared[full_key] = (found, scheme.tables(found, like, queries))
     return view.shared[full_key]  # type: ignore[return-value]
 
 
@@ -191,7 +201,8 @@ def _parts(
         )
         positions, tables = _shared(
             view,
-            ("exact", geometry),
+            "exact",
+            geometry,
             lambda: view.exact_positions(view.exact_tokens()[0], geometry),
             scheme,
             like,
@@ -201,7 +212,7 @@ def _parts(
         parts += _middle_parts(cache, layer, scheme, view, geometry, like)
     if layer.staged is not None:
         positions, tables = _shared(
-            view, ("query", geometry), lambda: view.query_positions(geometry), scheme, like
+            view, "query", geometry, lambda: view.query_positions(geometry), scheme, like
         )
         parts.append(Part(layer.staged, positions, tables))
     return parts
@@ -224,7 +235,7 @@ def _middle_parts(
         return []
     middle = view.middle(geometry)
     positions, tables = _shared(
-        view, ("middle", geometry), lambda: middle.positions, scheme, like
+        view, "middle", geometry, lambda: middle.positions, scheme, like
     )
     parts = [Part(_with_valid(entries, middle.valid, like.device), positions, tables)]
     if geometry.landmarks and any(geometry.is_coded(total) for total in totals):
@@ -237,7 +248,8 @@ def _middle_parts(
         parts[0].entries = _with_valid(entries, valid, like.device)
         places = landmark_positions(tokens, middle, view)
         exact = _with_valid(marks.entries, tokens >= 0, like.device)
-        parts.append(Part(exact, places, scheme.tables(places, like)))
+        tables = scheme.tables(places, like, view.query_positions(geometry).to(like.device))
+        parts.append(Part(exact, places, tables))
     return parts
 
 
@@ -308,9 +320,7 @@ def _make_bias(
     query_positions: torch.Tensor,
     query: torch.Tensor,
 ) -> torch.Tensor | None:
-    device, dtype = query.device, query.dtype
-    count = view.columns
-    lowest = torch.finfo(dtype).min
+    device, count = query.device, view.columns
     masks: list[torch.Tensor | None] = []
     for part in parts:
         valid = part.entries.valid
@@ -329,10 +339,12 @@ def _make_bias(
             fresh = None
         else:
             fresh = _causal(view, device)
-    slope = scheme.bias(
-        query_positions, torch.cat([part.positions.expand(query_positions.shape[0], -1)
-                                    for part in parts], dim=1), query.shape[1]
-    )
+    # Landmarks differ between rows even where everything else agrees.
+    most = max(part.positions.shape[0] for part in parts)
+    positions = [part.positions.expand(most, -1) for part in parts]
+    slope = scheme.bias(query_positions, torch.cat(positions, dim=1), query.shape[1])
+    dtype = query.dtype if slope is None else slope.dtype
+    lowest = torch.finfo(query.dtype).min
     weights = [part.entries.log_weight for part in parts]
     if all(mask is None for mask in masks) and fresh is None and slope is None and not any(
         weight is not None for weight in weights
@@ -361,7 +373,7 @@ def _make_bias(
         if heads not in (1, slope.shape[1]):
             bias = bias.repeat_interleave(slope.shape[1] // heads, dim=1)
         # Adding to the lowest finite number may leave the range; a maximum keeps it finite.
-        bias = (bias + slope.to(dtype)).clamp(min=lowest)
+        bias = (bias + slope).clamp(min=lowest)
     return bias
 
 
