@@ -1,0 +1,63 @@
+"""Loss and memory along one stream."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from adms.evaluation.plots.style import figure, line_look
+from adms.evaluation.statistics import Losses, smooth
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method along a stream.
+
+    Attributes:
+        method, label: its name and how the legend calls it.
+        losses: ``[N - 1]`` of tokens 1 to N - 1.
+        tokens, nbytes: bytes held after so many tokens.
+    """
+
+    method: str
+    label: str
+    losses: Losses
+    tokens: Sequence[int]
+    nbytes: Sequence[int]
+
+
+def plot_streams(path: Path, lines: Sequence[Line], *, title: str, width: int = 256) -> None:
+    """Draws what each method pays over the best reference along the text, and the bytes it holds.
+
+    Args:
+        path: of the PNG.
+        lines: methods on the same text; the full cache, where present, is the reference.
+        title: what was read.
+        width: tokens of the moving average.
+    """
+    reference = next((line for line in lines if line.method == "full"), None)
+    others = [line for line in lines if line is not reference]
+    panels = 3 if reference is not None and others else 2
+    width = max(1, min(width, len(lines[0].losses) // 4))
+    with figure(path, panels, 1, sharex=True, figsize=(7.2, 2.7 * panels)) as axes:
+        top, bottom = axes[0], axes[-1]
+        for line in lines:
+            mean = smooth(line.losses, width)
+            at = range(width, width + len(mean))
+            top.plot(at, mean, label=line.label, **line_look(line.method))
+            held = [count / MIB for count in line.nbytes]
+            bottom.plot(line.tokens, held, label=line.label, **line_look(line.method))
+        top.set_ylabel("loss (nats per token)")
+        top.set_title(f"{title} (average over {width} tokens)", fontsize=10)
+        top.legend(ncols=min(3, len(lines)), fontsize=9)
+        if panels == 3 and reference is not None:
+            for line in others:
+                extra = smooth(line.losses - reference.losses, width)
+                at = range(width, width + len(extra))
+                axes[1].plot(at, extra, label=line.label, **line_look(line.method))
+            axes[1].axhline(0, **{**line_look("full"), "zorder": 1})
+            axes[1].set_ylabel("loss above full cache")
+        bottom.set_ylabel("cache (MiB)")
+        bottom.set_xlabel("tokens read")
+        bottom.set_ylim(bottom=0)

@@ -1,0 +1,192 @@
+"""The folder of one run: files that are whole or absent, and results that survive a kill.
+
+Every finished piece of work is one file in ``items/``; ``rows.csv`` is always derived from those,
+so nothing is lost and nothing appears twice, however often a run is killed and started again.
+"""
+
+import csv
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from io import BytesIO, StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+import adms
+from adms.errors import ADMSValueError
+
+Row = dict[str, Any]
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes a file so that a reader, or a kill, finds it whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; results are for reading by whoever may read the folder.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON atomically; keys keep their order."""
+    write_atomic(path, json.dumps(value, indent=2) + "\n")
+
+
+def csv_text(rows: Sequence[Row]) -> str:
+    """Rows as CSV; the columns are those of all rows, in order of appearance."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    out = StringIO()
+    writer = csv.DictWriter(out, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def markdown_table(rows: Sequence[Row], show: Any = str) -> str:
+    """Rows of equal keys as a Markdown table."""
+    if not rows:
+        return ""
+    columns = list(rows[0])
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    for row in rows:
+        cells = (show(row[name]).replace("|", "\\|").replace("\n", " ") for name in columns)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def environment() -> dict[str, Any]:
+    """What a reader must know to judge a figure's speed, and to make it again."""
+    packages = ("torch", "transformers", "datasets", "accelerate", "numpy", "tokenizers")
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "adms": adms.__version__,
+        "packages": found,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "cuda_device": device,
+    }
+
+
+def command_line() -> str:
+    """The command that made a result, as a user would type it again."""
+    import shlex
+
+    program = Path(sys.argv[0])
+    name = program.name
+    if name == "__main__.py":
+        name = f"python -m {program.parent.name}"
+    elif name.endswith(".py"):
+        package = "adms" in program.parts and program.parent.name == "evaluation"
+        name = f"python -m adms.evaluation.{program.stem}" if package else f"python {name}"
+    return " ".join([name, *map(shlex.quote, sys.argv[1:])])
+
+
+class RunFolder:
+    """One run's results.
+
+    Args:
+        path: the folder; made where it is missing.
+        config: everything that decides the results. A folder that holds results of another
+            configuration is refused.
+
+    Raises:
+        ADMSValueError: the folder belongs to another configuration, or cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], config: dict[str, Any]) -> None:
+        self.path = Path(path)
+        self.config = json.loads(json.dumps(config, sort_keys=True))
+        try:
+            self.items_path.mkdir(parents=True, exist_ok=True)
+            self._settle_config()
+        except OSError as error:
+            raise ADMSValueError(
+                f"cannot write results to {str(self.path)!r}: {error.strerror}; use another folder"
+            ) from error
+
+    @property
+    def items_path(self) -> Path:
+        """Where each finished piece of work has its file."""
+        return self.path / "items"
+
+    def _settle_config(self) -> None:
+        file = self.path / "config.json"
+        if file.is_file() and any(self.items_path.glob("*.json")):
+            before = json.loads(file.read_text())
+            if before != self.config:
+                names = sorted(
+                    name
+                    for name in {*before, *self.config}
+                    if before.get(name) != self.config.get(name)
+                )
+                raise ADMSValueError(
+                    f"{str(self.path)!r} holds results of another configuration (different: "
+                    f"{', '.join(names)}); use another folder, or delete that one"
+                )
+        write_json(file, self.config)
+
+    def is_done(self, key: str) -> bool:
+        """Whether the piece of work with this key is finished."""
+        return self._item(key).is_file()
+
+    def finish(self, key: str, rows: list[Row], arrays: Arrays | None = None) -> None:
+        """Keeps a finished piece of work: its rows, and arrays that plots are made from."""
+        if arrays:
+            buffer = BytesIO()
+            np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+            write_atomic(self._item(key).with_suffix(".npz"), buffer.getvalue())
+        # Last, since this file is what says that the work is done.
+        write_json(self._item(key), {"key": key, "rows": rows})
+
+    def rows(self, keys: Iterable[str]) -> list[Row]:
+        """The rows of finished pieces, in the order of ``keys``."""
+        found: list[Row] = []
+        for key in keys:
+            if self.is_done(key):
+                found += json.loads(self._item(key).read_text())["rows"]
+        return found
+
+    def arrays(self, key: str) -> Arrays:
+        """The arrays of a finished piece; empty where it has none."""
+        file = self._item(key).with_suffix(".npz")
+        if not file.is_file():
+            return {}
+        with np.load(file) as stored:
+            return {name: stored[name] for name in stored.files}
+
+    def write_rows(self, keys: Iterable[str]) -> list[Row]:
+        """Derives ``rows.csv`` from the finished pieces and returns its rows."""
+        rows = self.rows(keys)
+        write_atomic(self.path / "rows.csv", csv_text(rows))
+        return rows
+
+    def _item(self, key: str) -> Path:
+        return self.items_path / f"{key.replace('/', '__')}.json"

@@ -1,0 +1,134 @@
+"""Reading a text through a cache: the loss of every token, and the bytes held on the way.
+
+Shapes: ``N`` tokens, ``V`` vocabulary.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from adms.errors import ADMSValueError
+from adms.evaluation.methods import Method
+from adms.evaluation.statistics import Losses
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What reading a text showed.
+
+    Attributes:
+        losses: ``[N - 1]`` float32, in nats; entry ``i`` is the loss of token ``i + 1``.
+        tokens: tokens read after each chunk.
+        nbytes: bytes of the cache after each chunk.
+        seconds: time of the whole reading.
+        last_logits: ``[V]``, of the token that would follow.
+    """
+
+    losses: Losses
+    tokens: list[int]
+    nbytes: list[int]
+    seconds: float
+    last_logits: torch.Tensor
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens read in a second."""
+        return self.tokens[-1] / self.seconds
+
+
+def check_length(method: Method, tokens: int) -> None:
+    """Refuses a text that a cache without eviction has no positions for.
+
+    Raises:
+        ADMSValueError: there are more tokens than positions.
+    """
+    if method.max_tokens is not None and tokens > method.max_tokens:
+        raise ADMSValueError(
+            f"{method.label} needs {tokens} positions and the model was trained on "
+            f"{method.max_tokens}; read fewer tokens, or leave the method out"
+        )
+
+
+@torch.no_grad()
+def read(
+    model: PreTrainedModel,
+    method: Method,
+    ids: torch.Tensor,
+    *,
+    chunk: int,
+    on_chunk: Callable[[int], object] | None = None,
+) -> Trace:
+    """Streams a text through a cache in chunks, as the model is used: nothing is computed twice.
+
+    Args:
+        model: the model, in evaluation mode.
+        method: an opened method; it goes on from where it is.
+        ids: ``[1, N]``.
+        chunk: tokens of one forward pass. Under eviction results depend on it, since a chunk sees
+            the cache before it and itself.
+        on_chunk: called with the number of tokens after each chunk.
+
+    Raises:
+        ADMSValueError: the text has no two tokens.
+    """
+    if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] < 2:
+        raise ADMSValueError(f"ids must be [1, N] with at least 2 tokens, got {list(ids.shape)}")
+    if chunk < 1:
+        raise ADMSValueError(f"chunk must be at least 1, got {chunk}")
+    ids = ids.to(model.device)
+    total = ids.shape[1]
+    losses: list[torch.Tensor] = []
+    tokens, nbytes = [], []
+    last: Any = None
+    start_time = time.perf_counter()
+    for start in range(0, total, chunk):
+        piece = ids[:, start : start + chunk]
+        logits = model(piece, past_key_values=method.cache).logits[0].float()
+        following = ids[0, start + 1 : start + 1 + piece.shape[1]]
+        losses.append(cross_entropy(logits[: len(following)], following, reduction="none"))
+        last = logits[-1]
+        tokens.append(start + piece.shape[1])
+        nbytes.append(method.nbytes)
+        if on_chunk is not None:
+            on_chunk(piece.shape[1])
+    seconds = time.perf_counter() - start_time
+    return Trace(np.asarray(torch.cat(losses).cpu().numpy()), tokens, nbytes, seconds, last.cpu())
+
+
+@torch.no_grad()
+def answer(
+    model: PreTrainedModel,
+    method: Method,
+    ids: torch.Tensor,
+    *,
+    chunk: int,
+    max_new_tokens: int,
+) -> torch.Tensor:
+    """Reads a question and answers greedily.
+
+    Args:
+        model: the model.
+        method: an opened method; it has read what the question is about.
+        ids: ``[1, N]``, the question.
+        chunk: tokens of one forward pass.
+        max_new_tokens: length of the answer.
+
+    Returns:
+        ``[max_new_tokens]`` ids.
+    """
+    ids = ids.to(model.device)
+    for start in range(0, ids.shape[1], chunk):
+        logits = model(
+            ids[:, start : start + chunk], past_key_values=method.cache, logits_to_keep=1
+        ).logits
+    produced = [logits[0, -1].argmax()]
+    while len(produced) < max_new_tokens:
+        logits = model(produced[-1].view(1, 1), past_key_values=method.cache).logits
+        produced.append(logits[0, -1].argmax())
+    return torch.stack(produced).cpu()
