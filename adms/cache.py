@@ -10,6 +10,7 @@ Shapes: ``B`` rows, ``K`` KV heads, ``Q`` new tokens, ``D``/``E`` head sizes of 
 
 import contextlib
 import copy
+import os
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -376,6 +377,14 @@ class ADMSKVCache(Cache):
             if self._owner is ticket:
                 self._owner = None
 
+    def require_whole(self) -> None:
+        """Raises ``CacheStateError`` where an update could neither be finished nor undone."""
+        if self._broken:
+            raise CacheStateError(
+                "an earlier update failed half-way and could not be undone, so this cache holds "
+                "nothing reliable; call cache.reset(), or load a session"
+            )
+
     def begin(self, batch: int, columns: int, valid: torch.Tensor | None, device: torch.device) -> None:
         """Opens a pass of ``columns`` tokens for every row.
 
@@ -390,11 +399,7 @@ class ADMSKVCache(Cache):
         """
         binding = self.binding_for_use
         binding.require_active()
-        if self._broken:
-            raise CacheStateError(
-                "an earlier update failed half-way and could not be undone, so this cache holds "
-                "nothing reliable; call cache.reset(), or load a session"
-            )
+        self.require_whole()
         timeline = self.timeline
         if timeline is None or timeline.batch_size == 0:
             timeline = Timeline(binding.sizes, binding.block_tokens, [0] * batch, [0] * batch)
@@ -766,8 +771,45 @@ class ADMSKVCache(Cache):
             "an ADMSKVCache cannot record its past for a rollback; use copy.deepcopy(cache)"
         )
 
+    # --- files -----------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str], **contents: Any) -> None:
+        """Writes the stream to one file, complete or not at all; see ``adms.session``.
+
+        Args:
+            path: the file; an older one is replaced.
+            **contents: ``last_token_ids`` and ``notes`` of ``save_session``.
+
+        Raises:
+            CacheStateError: the cache is unbound or in use.
+            SessionFileError: the file cannot be written.
+        """
+        # Sessions are built on the cache; only these two methods know of them.
+        from adms.session import save_session
+
+        save_session(self, path, **contents)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], *, model: torch.nn.Module, **arguments: Any
+    ) -> "ADMSKVCache":
+        """The cache that ``save`` wrote, for the same model, which is enabled if it is not yet.
+
+        Args:
+            path: the file.
+            model: the model, on any device and in any dtype.
+            **arguments: of ``enable_adms_llm`` beside the configuration.
+
+        Raises:
+            SessionFileError: the file is damaged or foreign, or does not fit the model.
+        """
+        from adms.session import load_session
+
+        return load_session(path, model, **arguments).cache
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "ADMSKVCache":
         with self.exclusive():
+            self.require_whole()
             twin = type(self).__new__(type(self))
             memo[id(self)] = twin
             for name, value in self.__dict__.items():

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -138,8 +138,14 @@ class ADMSConfig:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ADMSConfig":
-        """The configuration that ``to_dict`` wrote; all its values count as given.
+    def from_dict(
+        cls, values: Mapping[str, Any], explicit: Iterable[str] | None = None
+    ) -> "ADMSConfig":
+        """The configuration that ``to_dict`` wrote.
+
+        Args:
+            values: every parameter by name.
+            explicit: names of those that count as given; all of ``values`` if None.
 
         Raises:
             ADMSTypeError: ``values`` is not a mapping.
@@ -153,7 +159,13 @@ class ADMSConfig:
             raise ADMSValueError(
                 f"unknown parameter {unknown[0]!r}; ADMSConfig has {', '.join(sorted(known))}"
             )
-        return cls(**values)
+        config = cls(**values)
+        if explicit is not None:
+            given = list(explicit)
+            if not all(isinstance(name, str) and name in values for name in given):
+                raise ADMSValueError(f"explicit must name parameters of values, got {given}")
+            object.__setattr__(config, "_explicit", frozenset(given))
+        return config
 
     def replace(self, **changes: Any) -> "ADMSConfig":
         """A copy with ``changes``; only what was given before or is given now counts as given."""

@@ -166,7 +166,8 @@ class MiddleTier:
             scores=tail[..., 4:].contiguous().view(torch.float32)[..., 0],
         )
 
-    def _landmark_data(self, landmarks: Landmarks) -> torch.Tensor:
+    def landmark_data(self, landmarks: Landmarks) -> torch.Tensor:
+        """The bytes ``[B, bytes]`` of landmarks."""
         shape = self.plan.shape
         count = landmarks.tokens.shape[1]
         raw = RawCoder(shape, self.plan.dtype, count)
@@ -336,7 +337,7 @@ class MiddleTier:
 
     def _landmark_write(self, landmarks: Landmarks, rows: torch.Tensor) -> Write:
         start = torch.full_like(rows, self.plan.landmark_offset)
-        return Write(rows, start, self._landmark_data(landmarks))
+        return Write(rows, start, self.landmark_data(landmarks))
 
     def _ring_write(
         self,
