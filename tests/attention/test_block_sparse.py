@@ -409,7 +409,7 @@ def test_recall_over_1024_tokens_beats_the_fixed_pattern() -> None:
     assert spec is not None and spec.loader is not None
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    _, adaptive, sparsity = example.train("adaptive", 0.0, 400)
-    _, fixed, fixed_sparsity = example.train("fixed", 1.0, 400)
+    _, adaptive, sparsity = example.train("adaptive", 0.0, 300)
+    _, fixed, fixed_sparsity = example.train("fixed", 1.0, 300)
     assert sparsity == pytest.approx(fixed_sparsity) and sparsity >= 0.9
-    assert adaptive > 0.5 > 2 * fixed
+    assert adaptive > 3 * fixed

@@ -270,12 +270,16 @@ def test_an_update_without_grad_cuts_the_old_gradient() -> None:
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(operations=st.lists(OPERATION, max_size=12), lead=st.sampled_from(LEADS))
+@given(
+    operations=st.lists(OPERATION, max_size=12),
+    lead=st.sampled_from(LEADS),
+    chunk_size=st.sampled_from([None, 3]),
+)
 def test_stale_reads_keep_within_their_bound(
-    operations: list[tuple[str, int, float]], lead: tuple[int, ...]
+    operations: list[tuple[str, int, float]], lead: tuple[int, ...], chunk_size: int | None
 ) -> None:
     q, k, v = make(lead, dtype=torch.float64)
-    attention = DynamicAttention(q, k, v, lazy_threshold=5, exact=False)
+    attention = DynamicAttention(q, k, v, lazy_threshold=5, exact=False, chunk_size=chunk_size)
     for name, number, size in operations:
         apply(attention, name, number, size, lead)
         bound = attention.error_bound()
@@ -293,7 +297,7 @@ def test_stale_reads_are_stale_then_fresh_and_their_bound_is_useful() -> None:
         assert torch.equal(attention.output(), before)
     error = (before - dense(q, attention.keys, v)).norm(dim=-1)
     bound = attention.error_bound()
-    assert (error > 0).all() and (bound < 0.02).all() and (bound >= error).all()
+    assert (error > 0).all() and (bound < 0.01).all() and (bound >= error).all()
     attention.update_key(2, k[2] + 1e-3)
     assert torch.equal(attention.error_bound(), torch.zeros(5, dtype=torch.float64))
     assert_exact(attention, q, None, 1e-12)
@@ -303,7 +307,7 @@ def test_stale_reads_are_stale_then_fresh_and_their_bound_is_useful() -> None:
 
 
 def test_the_bound_is_attained_up_to_a_quarter() -> None:
-    """tanh(x / 2) is the least possible: one entry's score moves against all others'."""
+    """One of two entries' scores moves: the bound is of the error's size."""
     q = torch.ones(1, 1, dtype=torch.float64)
     k = torch.tensor([[0.0], [0.0]], dtype=torch.float64)
     v = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
@@ -360,7 +364,7 @@ def test_bad_arguments_say_what_was_expected() -> None:
     with pytest.raises(ADMSValueError, match="k must be finite"):
         attention.append(k[:, 0] * math.inf, v[:, 0])
     with pytest.raises(ADMSTypeError, match="i must be an int or a sequence of ints, got str"):
-        attention.update_key("0", k[:, :1])
+        attention.update_key("0", k[:, :1])  # type: ignore[arg-type]
     with pytest.raises(ADMSTypeError, match="i must be an int, got list"):
         attention.delete([0])  # type: ignore[arg-type]
     with pytest.raises(ADMSValueError, match=r"rows must be within 0 to 4, got \[5\]"):

@@ -240,7 +240,9 @@ class DynamicAttention:
         else:
             sums = self._sums.sums if picked is None else self._sums.sums[..., picked, :]
         size = self._values.shape[-1]
-        result = (sums[..., :size] / sums[..., size : size + 1]).to(self._q.dtype)
+        result = torch.empty(*sums.shape[:-1], size, dtype=self._q.dtype, device=sums.device)
+        # Rounds on the way out: no copy in the sums' dtype.
+        torch.div(sums[..., :size], sums[..., size : size + 1], out=result)
         tracked = (self._q, self._keys, self._values)
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tracked)):
             return result
@@ -251,7 +253,7 @@ class DynamicAttention:
             )
         queries = self._q if picked is None else self._q[..., picked, :]
         # The buffers change in place later on; a backward pass needs them as they are now.
-        read: Tensor = AttentionRead.apply(  # type: ignore[no-untyped-call]
+        read: Tensor = AttentionRead.apply(
             queries,
             self._keys.clone(),
             self._values.clone(),
@@ -273,19 +275,23 @@ class DynamicAttention:
     def error_bound(self) -> Tensor:
         """Largest possible Euclidean distance [..., Q] of an `exact=False` read from the truth.
 
-        With P pending entries, dk and dv the largest norms of their keys' and values' changes and
-        V the largest norm of any value, now or then::
+        With dk and dv the largest norms of the pending entries' changes of key and value, V the
+        largest norm of any value, now or then, and a the share of the softmax that the read gives
+        to the pending entries::
 
-            |error| <= 2 V tanh(scale |q| dk / 2) + dv
+            x = scale |q| dk
+            |error| <= 2 V min(tanh(x / 2), a (e^x - 1) / (1 - a (1 - e^-x))) + a dv
 
         since scores that move by at most x change the softmax by at most tanh(x / 2) in total
-        variation. An entry appended or deleted counts as dk = infinity. Beyond `lazy_threshold`
-        pending entries a read sums everything, and the bound is 0. Costs O(Q D + P D + N E).
+        variation, and a share of a by at most the other term. An entry appended or deleted counts
+        as dk = infinity. Beyond `lazy_threshold` pending entries a read sums everything, and the
+        bound is 0. Costs O(Q (D + P) + P D + N E), with `chunk_size` O(Q P D + N E).
         """
         queries = self._sums.queries
         if not self._pending or len(self._pending) > self.lazy_threshold:
             return queries.new_zeros(queries.shape[:-1])
-        index, old_keys, old_values, counted = self._stale()
+        pending = self._stale()
+        index, old_keys, old_values, counted = pending
         keys = self._keys.detach()[..., index, :].to(queries.dtype)
         values = self._values.detach().to(queries.dtype)
         moved = (keys - old_keys).norm(dim=-1)
@@ -297,7 +303,12 @@ class DynamicAttention:
         dv = ((values[..., index, :] - old_values).norm(dim=-1) * both).amax(-1, keepdim=True)
         norms = values.norm(dim=-1).masked_fill(~self._live, 0.0)
         largest = torch.cat([norms, old_values.norm(dim=-1)], -1).amax(-1, keepdim=True)
-        bound: Tensor = 2.0 * largest * torch.tanh(shift / 2.0) + dv
+        share = self._sums.stale_share(pending)
+        of_share = share * torch.expm1(shift) / (1.0 + share * torch.expm1(-shift))
+        # 0 * infinity: an entry without a share so far may come to have all of it.
+        of_share = of_share.nan_to_num(nan=math.inf, posinf=math.inf)
+        varied = torch.minimum(torch.tanh(shift / 2.0), of_share)
+        bound: Tensor = 2.0 * largest * varied + share * dv
         return bound
 
     def _entries(self) -> Entries:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# A row is summed afresh once its accumulated rounding could exceed this many units in the last
-# place of its own sum: 1024 * 2.2e-16 = 2.3e-13 in float64, with 1e-12 promised.
-_DRIFT_LIMIT = 1024.0
+# A row is summed afresh once its accumulated rounding could exceed this many unit roundoffs of its
+# own sum: 4096 * 1.1e-16 = 4.5e-13 in float64, with 1e-12 promised.
+_DRIFT_LIMIT = 4096.0
 
 
 class Entries(NamedTuple):
@@ -102,7 +102,12 @@ def exchanged(
     shrink = torch.exp(top - higher)
     weights = torch.cat([-torch.exp(old_scores - higher), torch.exp(new_scores - higher)], -1)
     before = sums * shrink
-    after = before + weights @ torch.cat([old_summands, new_summands], -2)
+    width = before.shape[-1]
+    after = torch.baddbmm(
+        before.reshape(-1, *before.shape[-2:]),
+        weights.reshape(-1, *weights.shape[-2:]),
+        torch.cat([old_summands, new_summands], -2).reshape(-1, 2 * new_summands.shape[-2], width),
+    ).view(before.shape)
     passed = before[..., -2:].abs() + after[..., -2:].abs()
     return after, higher, drift * shrink + passed
 
@@ -158,6 +163,17 @@ class SoftmaxSums:
                 scores[..., pending.slots] = new_scores[..., lost, :]
             sums[..., lost, :] = self._fresh(rows[lost], entries, scores)[0]
         return sums
+
+    def stale_share(self, pending: Pending) -> Tensor:
+        """Share [..., Q] of the softmax that the sums give to the pending entries."""
+        if self.scores is None:
+            old_scores = scores_of(self.queries, pending.keys, pending.counted, self.scale)
+        else:
+            # Slots newer than the kept scores do not count yet.
+            known = pending.slots[pending.slots < self.scores.shape[-1]]
+            old_scores = self.scores[..., known]
+        weights = torch.exp(old_scores - self._top).sum(-1) / self.sums[..., -2]
+        return weights.clamp(max=1.0)
 
     def _fresh(
         self, rows: Tensor | slice, entries: Entries, scores: Tensor | None
