@@ -349,7 +349,8 @@ def test_the_refiner_learns_short_spans_where_mass_is_near_and_long_ones_where_i
     """Keys and queries that point at a distance, so that the best span is known."""
     chosen = {}
     for offset in (1, 11):
-        layer = make_layer(ctx=24, win_size=24, max_span=12, ramp=1, cost_weight=0.5)
+        sizes = {"ctx": 24, "win_size": 24, "max_span": 12, "ramp": 1}
+        layer = make_layer(**sizes, cost_weight=0.5, max_iterations=1)
         layer.learn_online = True
         layer.refiner.epsilon, layer.refiner.alpha = 0.5, 0.3
         with torch.no_grad():
