@@ -21,9 +21,13 @@ REWINDING = (
 def check_generate(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuses calls of ``generate`` that an ``ADMSKVCache`` could only answer wrongly.
 
+    Args:
+        args: the call's positional arguments.
+        kwargs: its keyword arguments; with an ``ADMSKVCache``, ``use_cache`` is set among them.
+
     Raises:
         CacheStateError: new ids alone on a used cache.
-        ADMSValueError: a decoding method that rewinds, or a second kind of cache.
+        ADMSValueError: a decoding method that rewinds, a second kind of cache, or none in use.
     """
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, ADMSKVCache):
@@ -45,6 +49,12 @@ def check_generate(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             "past_key_values is an ADMSKVCache, so cache_implementation has nothing to choose; "
             "leave one of them out"
         )
+    if asked("use_cache") is False:
+        raise ADMSValueError(
+            "use_cache=False with an ADMSKVCache stores nothing; set use_cache=True or leave it out"
+        )
+    # The default of some models (MPT) is False.
+    kwargs["use_cache"] = True
     ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
     seen = cache.get_seq_length()
     if ids is None or seen == 0:

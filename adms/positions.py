@@ -160,7 +160,10 @@ class ForwardView:
             return tokens.clamp(min=0).float()
         recent = tokens - self.evicted[:, None] + self._recent_start(geometry)[:, None]
         in_ring = tokens >= self.evicted[:, None]
-        return torch.where(in_ring, recent, tokens.float()).clamp(min=0)
+        # Slots whose token has left are masked, but a rotary embedding that looks at the farthest
+        # position would see theirs.
+        sinks = tokens.clamp(max=self.sizes.sink).float()
+        return torch.where(in_ring, recent, sinks).clamp(min=0)
 
     def column_offsets(self) -> torch.Tensor:
         """How many real tokens of the pass come before each new one: ``[B, Q]``."""

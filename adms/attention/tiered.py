@@ -239,15 +239,15 @@ def _middle_parts(
     )
     parts = [Part(_with_valid(entries, middle.valid, like.device), positions, tables)]
     if geometry.landmarks and any(geometry.is_coded(total) for total in totals):
-        marks = layer.middle.landmarks()
+        marks, marked = layer.middle.landmarks()
         coded = torch.tensor([geometry.is_coded(total) for total in totals], device=like.device)
-        tokens = torch.where(coded[:, None], marks.tokens, -1)
+        tokens = torch.where(coded[:, None], marked, -1)
         # A landmark's code is masked as long as it is still there.
         is_mark = (middle.tokens.to(like.device)[:, :, None] == tokens[:, None, :]).any(2)
         valid = ~is_mark if parts[0].entries.valid is None else parts[0].entries.valid & ~is_mark
         parts[0].entries = _with_valid(entries, valid, like.device)
         places = landmark_positions(tokens, middle, view)
-        exact = _with_valid(marks.entries, tokens >= 0, like.device)
+        exact = _with_valid(marks, tokens >= 0, like.device)
         tables = scheme.tables(places, like, view.query_positions(geometry).to(like.device))
         parts.append(Part(exact, places, tables))
     return parts
@@ -344,7 +344,7 @@ def _make_bias(
     positions = [part.positions.expand(most, -1) for part in parts]
     slope = scheme.bias(query_positions, torch.cat(positions, dim=1), query.shape[1])
     dtype = query.dtype if slope is None else slope.dtype
-    lowest = torch.finfo(query.dtype).min
+    lowest = max(torch.finfo(query.dtype).min, torch.finfo(dtype).min)
     weights = [part.entries.log_weight for part in parts]
     if all(mask is None for mask in masks) and fresh is None and slope is None and not any(
         weight is not None for weight in weights
