@@ -254,7 +254,8 @@ class _Reader:
         differences = model_differences(self.get("model", dict), describe_model(model))
         if differences:
             raise self.misfit(
-                "it was saved with another model; " + "; ".join(differences[:5])
+                "it was saved with another model; "
+                + "; ".join(differences[:5])
                 + ("; ..." if len(differences) > 5 else "")
             )
         stored, own = self.get("weights", dict), sample_weights(model)
