@@ -58,7 +58,6 @@ class Installation:
         compressor = resolve_compressor(config)
         block = compressor.block_tokens(config) if compressor is not None else 1
         sizes = resolve_sizes(config, self.family.max_positions(decoder.config), block)
-        attentions = self.family.attentions(decoder)
 
         def context(layer_idx: int, shape: TokenShape, dtype: torch.dtype) -> LayerContext:
             return LayerContext(shape, dtype, layer_idx)
@@ -68,7 +67,7 @@ class Installation:
             config=config,
             sizes=sizes,
             kinds=self.family.kinds(decoder),
-            dtype=next(attentions[0].parameters()).dtype,
+            dtype=self.family.dtype(decoder),
             compressor=compressor,
             metric=metric,
             block_tokens=block if sizes.interval >= block else 1,

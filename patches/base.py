@@ -140,6 +140,13 @@ class Family(ABC):
         """Positions the model was trained on; None where any distance works."""
         return int(config.max_position_embeddings)
 
+    def dtype(self, decoder: nn.Module) -> torch.dtype:
+        """The dtype that the decoder computes in, quantised layers aside."""
+        for parameter in decoder.parameters():
+            if parameter.is_floating_point():
+                return parameter.dtype
+        return torch.get_default_dtype()
+
     @abstractmethod
     def attentions(self, decoder: nn.Module) -> list[nn.Module]:
         """Attention modules in the order of their ``layer_idx``."""

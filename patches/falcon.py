@@ -105,7 +105,7 @@ class FalconFamily(Family):
         first: Any = attentions[0]
         scheme: RotaryScheme | FalconAlibi
         if config.alibi:
-            scheme = FalconAlibi(first, next(decoder.parameters()).dtype)
+            scheme = FalconAlibi(first, self.dtype(decoder))
         else:
             scheme = RotaryScheme(
                 decoder.rotary_emb,  # type: ignore[arg-type]
