@@ -11,13 +11,14 @@ from typing import Any, Protocol
 
 import torch
 
-from adms.compressors.base import Compressor, LayerContext, RawCoder
+from adms.compressors.base import Coder, Compressor, LayerContext, RawCoder
 from adms.config import ADMSConfig, Sizes
 from adms.entries import TokenShape
 from adms.errors import CacheStateError
 from adms.importance import Metric
 from adms.positions import MiddleGeometry
-from adms.tiers.middle import MiddlePlan, landmark_bytes
+from adms.tiers.landmarks import ALIGNMENT, LandmarkStore
+from adms.tiers.middle import MiddlePlan
 from adms.timeline import Timeline
 
 # The middle is counted at this many bytes an element, whatever dtype the model runs in.
@@ -155,26 +156,29 @@ class Binding:
         arena_bytes = tokens * raw.record_bytes
         coded_bytes = tokens * shape.num_elements * BUDGET_ITEMSIZE
         # Counted like everything of the middle, at two bytes an element whatever the dtype.
-        landmarks, each = 0, landmark_bytes(shape, torch.float16)
+        store = None
         if config.importance_ratio > 0:
-            landmarks = int(coded_bytes * config.importance_ratio) // each
-            # At most half, so that a small budget still codes something.
-            least = min(config.min_importance_tokens, coded_bytes // 2 // each)
-            landmarks = max(landmarks, least)
-        left = coded_bytes - landmarks * each
+            store = LandmarkStore.within(shape, dtype, int(coded_bytes * config.importance_ratio))
+            if store.count < config.min_importance_tokens:
+                least = LandmarkStore(shape, dtype, config.min_importance_tokens)
+                # At most half, so that a small budget still codes something.
+                store = least if least.nbytes <= coded_bytes // 2 else store
+            store = store if store.count else None
         # The landmarks start aligned, which can cost up to one step.
-        coder = compressor.bind(context, max(0, left - 16), config)
-        if coder.capacity + landmarks <= tokens:
-            coder, landmarks = None, 0  # type: ignore[assignment]
+        left = coded_bytes - (store.nbytes + ALIGNMENT if store is not None else 0)
+        coder: Coder | None = compressor.bind(context, max(0, left), config)
+        if coder is not None and coder.capacity <= tokens:
+            coder, store = None, None
         geometry = MiddleGeometry(
             raw_tokens=tokens,
             capacity=coder.capacity if coder is not None else 0,
+            whole_records=coder.num_records if coder is not None else 0,
             block_tokens=coder.block_tokens if coder is not None else 1,
             entries_per_record=coder.entries_per_record if coder is not None else 1,
-            landmarks=landmarks,
+            landmarks=store.count if store is not None else 0,
         )
         return MiddlePlan(
-            shape, dtype, raw, coder, geometry, arena_bytes, self.metric, config
+            shape, dtype, raw, coder, store, geometry, arena_bytes, self.metric, config
         )
 
     def max_layer_bytes(self, layer_idx: int, layer: Any) -> int:

@@ -60,8 +60,8 @@ class ADMSConfig:
     num_clusters: int = 64
     compression_interval: int = 8
     svd_max_tokens: int = 512
-    importance_ratio: float = 0.0
-    importance_metric: str = "key_diff"
+    importance_ratio: float = 0.05
+    importance_metric: str = "coding_error"
     min_importance_tokens: int = 4
     use_adaptive_budget: bool = False
     coverage_segments: int = 4

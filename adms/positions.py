@@ -22,6 +22,7 @@ class MiddleGeometry:
     Attributes:
         raw_tokens: tokens held exactly before coding starts.
         capacity: tokens held once coded (0: the middle stays exact and forgets the oldest).
+        whole_records: records of full size among them; the others are older and cut.
         block_tokens: tokens per record.
         entries_per_record: entries a record decodes to.
         landmarks: exactly kept tokens beside the codes.
@@ -29,6 +30,7 @@ class MiddleGeometry:
 
     raw_tokens: int
     capacity: int
+    whole_records: int = 0
     block_tokens: int = 1
     entries_per_record: int = 1
     landmarks: int = 0
@@ -258,9 +260,16 @@ class ForwardView:
             block, per_record = 1, 1
         held = geometry.held(total)
         records = held // block
-        # Record j lies in slot j % records once the ring of records has wrapped.
         last = total // block - 1
-        record = last - (last - index // per_record) % max(records, 1)
+        slot = index // per_record
+        whole = min(records, geometry.whole_records) if geometry.is_coded(total) else records
+        # Record j lies in slot j % whole of its ring, the cut ones (older) in a ring of their own.
+        record = last - (last - slot) % max(whole, 1)
+        cut = geometry.capacity // block - geometry.whole_records
+        if records > whole:
+            oldest_whole = last - whole
+            cut_record = oldest_whole - (oldest_whole - (slot - whole)) % min(records - whole, cut)
+            record = torch.where(slot < whole, record, cut_record)
         # Entries of one record share its tokens evenly.
         width = block / per_record
         tokens = record * block + (index % per_record + 0.5) * width - 0.5

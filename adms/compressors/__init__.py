@@ -1,6 +1,6 @@
 """Compressors: one algorithm a file behind one contract."""
 
-from adms.compressors import low_rank
+from adms.compressors import low_rank, quantized
 from adms.compressors.base import (
     COMPRESSORS,
     Block,
@@ -20,6 +20,7 @@ __all__ = [
     "LayerContext",
     "RawCoder",
     "low_rank",
+    "quantized",
     "register_compressor",
     "resolve_compressor",
 ]

@@ -54,7 +54,10 @@ class Coder(ABC):
     Attributes:
         header_bytes: bytes fitted once per row.
         record_bytes: bytes of one record.
-        num_records: records that fit.
+        num_records: whole records that fit.
+        coarse_bytes: bytes that an old record is cut to, where codes are embedded (every prefix is
+            a coarser code); 0 where records are never cut.
+        num_coarse: cut records that fit beside the whole ones.
         block_tokens: tokens of one record.
         entries_per_record: entries that a record decodes to.
         fit_tokens: most tokens that ``fit`` makes use of.
@@ -64,6 +67,8 @@ class Coder(ABC):
     header_bytes: int = 0
     record_bytes: int = 0
     num_records: int = 0
+    coarse_bytes: int = 0
+    num_coarse: int = 0
     block_tokens: int = 1
     entries_per_record: int = 1
     fit_tokens: int = 512
@@ -72,7 +77,13 @@ class Coder(ABC):
     @property
     def capacity(self) -> int:
         """Tokens that the records hold."""
-        return self.num_records * self.block_tokens
+        return (self.num_records + self.num_coarse) * self.block_tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of header and all records."""
+        whole = self.num_records * self.record_bytes
+        return self.header_bytes + whole + self.num_coarse * self.coarse_bytes
 
     @abstractmethod
     def fit(self, entries: Entries, queries: torch.Tensor | None = None) -> torch.Tensor:
@@ -91,7 +102,10 @@ class Coder(ABC):
 
     @abstractmethod
     def decode(self, header: torch.Tensor, records: torch.Tensor) -> Entries:
-        """Entries ``[B, K, R * entries_per_record, ...]`` of ``records [B, R, record_bytes]``."""
+        """Entries ``[B, K, R * entries_per_record, ...]`` of ``records [B, R, bytes]``.
+
+        ``bytes`` is ``record_bytes``, or ``coarse_bytes`` for cut records.
+        """
 
 
 class RawCoder(Coder):
@@ -205,9 +219,9 @@ class Compressor(ABC):
             context = LayerContext(shape, dtype)
             coder = self.bind(context, nbytes, config or ADMSConfig(compressor_type=self.name))
         usable = count // coder.block_tokens * coder.block_tokens
-        if coder.capacity < usable or usable < count:
+        if coder.num_records * coder.block_tokens < usable or usable < count:
             raise ADMSValueError(
-                f"{nbytes} bytes hold {coder.capacity} tokens of {self.name} in blocks of "
+                f"{nbytes} bytes hold {coder.num_records * coder.block_tokens} tokens of {self.name} in blocks of "
                 f"{coder.block_tokens}, got {count} tokens; give more bytes or whole blocks"
             )
         header = coder.fit(entries, queries)

@@ -3,8 +3,9 @@
 Keys (before positions) and values are centred and projected on the principal directions of the
 stream's own exact tokens; channels are grouped by eight in the order of their variance and coded by
 residual vector quantisation with universal codebooks, one byte a stage. A greedy allocation spends
-the bytes of a token where they remove most error, which is water-filling in steps of a byte. A
-gain per token (one byte for keys, one for values) adapts to tokens larger than the rest.
+the bytes of a token where they remove most error, which is water-filling in steps of a byte; in its
+order every prefix of a code is a coarser code, and old tokens keep only a prefix. A gain per token
+(one byte for keys, one for values) adapts to tokens larger than the rest.
 
 Shapes: ``B`` rows, ``K`` KV heads, ``N`` tokens, ``J`` channels over all heads (``K * D`` of keys,
 ``K * E`` of values), ``C`` coded channels, ``G = C / 8`` groups, ``T`` bytes of a token.
@@ -31,11 +32,14 @@ if TYPE_CHECKING:
 
 # Bits per element of a token's code; measured best on three texts (docs/middle-tier.md).
 CODE_BITS = 1.4
+# Half of the records' bytes hold old tokens, whose codes are cut to this share.
+COARSE_CODE = 0.5
 # Weight of a value's relative error against a key's; measured (docs/middle-tier.md).
 VALUE_WEIGHT = 0.3
 # Steps of the gain per doubling.
 GAIN_STEPS = 8
 GAIN_ZERO = 128
+GAIN_BYTES = 2
 
 
 @dataclass
@@ -66,7 +70,7 @@ class LowRankCoder(Coder):
         self.code_bytes = max(2, round(shape.num_elements * CODE_BITS / 8))
         self.key_coded = self._coded(self.key_channels, shape.num_heads, config.rank)
         self.value_coded = self._coded(self.value_channels, shape.num_heads, config.rank)
-        self.record_bytes = self.code_bytes + 2
+        self.record_bytes = GAIN_BYTES + self.code_bytes
         self.layout = (
             (torch.float16, (self.key_channels,)),
             (torch.int8, (self.key_coded, self.key_channels)),
@@ -82,10 +86,13 @@ class LowRankCoder(Coder):
         self.header_bytes = sum(
             dtype.itemsize * torch.Size(extents).numel() for dtype, extents in self.layout
         )
-        self.num_records = max(0, (nbytes - self.header_bytes) // self.record_bytes)
+        self.coarse_bytes = GAIN_BYTES + max(1, round(self.code_bytes * COARSE_CODE))
+        left = max(0, nbytes - self.header_bytes)
+        self.num_coarse = left // 2 // self.coarse_bytes
+        self.num_records = (left - self.num_coarse * self.coarse_bytes) // self.record_bytes
 
     def _coded(self, channels: int, heads: int, rank: int | None) -> int:
-        wanted = channels * 3 // 5 if rank is None else rank * heads
+        wanted = channels * 3 // 4 if rank is None else rank * heads
         most = channels // GROUP * GROUP
         return max(GROUP, min(most, -(-wanted // GROUP) * GROUP))
 
@@ -141,7 +148,7 @@ class LowRankCoder(Coder):
     def encode(
         self, header: torch.Tensor, entries: Entries, queries: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Bytes ``[B, N, T + 2]``: the codes in the order of the allocation, then two gains."""
+        """Bytes ``[B, N, 2 + T]``: two gains, then the codes in the order of the allocation."""
         for_keys, for_values, group, stage = self._read(header)
         key_channels, key_gain = _project(for_keys, _flatten(entries.keys))
         value_channels, value_gain = _project(for_values, _flatten(entries.values))
@@ -158,14 +165,16 @@ class LowRankCoder(Coder):
         groups = residual.shape[2]
         where = stage.clamp(max=len(books) - 1) * groups + group
         chosen = every.gather(2, where[:, None].expand(-1, every.shape[1], -1))
-        return torch.cat([chosen.to(torch.uint8), key_gain, value_gain], dim=2)
+        return torch.cat([key_gain, value_gain, chosen.to(torch.uint8)], dim=2)
 
     def decode(self, header: torch.Tensor, records: torch.Tensor) -> Entries:
         """Keys and values in the model's dtype."""
         for_keys, for_values, group, stage = self._read(header)
         books = codebooks_on(records.device)
         groups = (self.key_coded + self.value_coded) // GROUP
-        codes = records[..., : self.code_bytes].long()
+        codes = records[..., GAIN_BYTES:].long()
+        # A cut record holds the first codes of the allocation.
+        group, stage = group[:, : codes.shape[2]], stage[:, : codes.shape[2]]
         offset = stage.clamp(max=len(books) - 1) * WORDS
         words = torch.nn.functional.embedding(codes + offset[:, None], books.flatten(0, 1))
         # [B, G, T]: which byte belongs to which group, none where the stage marks padding.
@@ -174,8 +183,8 @@ class LowRankCoder(Coder):
         )
         channels = torch.einsum("bgt,bntc->bngc", member.to(words.dtype), words).flatten(2)
         split = self.key_coded
-        keys = _restore(for_keys, channels[..., :split], records[..., -2:-1])
-        values = _restore(for_values, channels[..., split:], records[..., -1:])
+        keys = _restore(for_keys, channels[..., :split], records[..., :1])
+        values = _restore(for_values, channels[..., split:], records[..., 1:2])
         heads = self.shape.num_heads
         return Entries(
             keys.unflatten(2, (heads, -1)).transpose(1, 2).to(self.dtype),

@@ -1,6 +1,15 @@
-"""Importance metrics: entries (and queries) to scores, one metric a file."""
+"""Importance metrics: entries (and evidence) to scores, one metric a file."""
 
-from adms.importance import key_diff, norms
-from adms.importance.base import METRICS, Metric, needs_queries, register_metric
+from adms.importance import coding_error, key_diff, norms
+from adms.importance.base import METRICS, Evidence, Metric, needs_queries, register_metric
 
-__all__ = ["METRICS", "Metric", "key_diff", "needs_queries", "norms", "register_metric"]
+__all__ = [
+    "METRICS",
+    "Evidence",
+    "Metric",
+    "coding_error",
+    "key_diff",
+    "needs_queries",
+    "norms",
+    "register_metric",
+]

@@ -5,14 +5,34 @@ size of keys/values.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from adms.entries import Entries
 from adms.registry import Registry
 
-# Entries and the last queries before positions ([B, H, Q, D] or None) -> scores [B, N].
-Metric = Callable[[Entries, torch.Tensor | None], torch.Tensor]
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a metric may look at beside the tokens themselves.
+
+    Attributes:
+        queries: ``[B, H, Q, D]`` the pass's queries before positions; only for metrics with an
+            attribute ``needs_queries``.
+        decoded: what the tokens' codes decode to, keys ``[B, K, N, D]``.
+        key_spread: ``[B]`` mean squared distance of a key from the mean, all heads together.
+        value_spread: ``[B]`` the same of values.
+    """
+
+    queries: torch.Tensor | None
+    decoded: Entries
+    key_spread: torch.Tensor
+    value_spread: torch.Tensor
+
+
+# Entries and evidence -> scores [B, N], higher is more important.
+Metric = Callable[[Entries, Evidence], torch.Tensor]
 
 METRICS: Registry[Metric] = Registry("importance metric")
 

@@ -4,10 +4,10 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from adms.entries import Entries
-from adms.importance.base import register_metric
+from adms.importance.base import Evidence, register_metric
 
 
-def key_diff(entries: Entries, queries: torch.Tensor | None = None) -> torch.Tensor:
+def key_diff(entries: Entries, evidence: Evidence | None = None) -> torch.Tensor:
     """Minus the cosine between a token's key and the mean direction: ``[B, N]``, heads averaged.
 
     Source: Park et al. (2025), KeyDiff, arXiv 2504.15364; differs in that keys are taken before

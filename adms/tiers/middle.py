@@ -18,12 +18,10 @@ from adms.budget import select_landmarks
 from adms.compressors.base import Coder, RawCoder
 from adms.config import ADMSConfig
 from adms.entries import Entries, TokenShape
-from adms.importance import Metric, needs_queries
+from adms.importance import Evidence, Metric, needs_queries
 from adms.positions import MiddleGeometry
+from adms.tiers.landmarks import ALIGNMENT, Landmarks, LandmarkStore
 from adms.tiers.undo import Undo
-
-# Views of the arena as wider types need aligned starts.
-ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,7 @@ class MiddlePlan:
         dtype: the model's dtype.
         raw: holds tokens exactly.
         coder: holds them coded; None where coding would not hold more than the exact tokens.
+        store: holds landmarks; None where there are none.
         geometry: what positions need to know.
         arena_bytes: bytes per row, for either use.
         metric: scores tokens for landmarks.
@@ -45,6 +44,7 @@ class MiddlePlan:
     dtype: torch.dtype
     raw: RawCoder
     coder: Coder | None
+    store: LandmarkStore | None
     geometry: MiddleGeometry
     arena_bytes: int
     metric: Metric
@@ -61,23 +61,7 @@ class MiddlePlan:
         """Where the landmarks start in a coded row's bytes."""
         if self.coder is None:
             return 0
-        used = self.coder.header_bytes + self.coder.num_records * self.coder.record_bytes
-        return -(-used // ALIGNMENT) * ALIGNMENT
-
-
-def landmark_bytes(shape: TokenShape, dtype: torch.dtype) -> int:
-    """Bytes of one landmark: keys, values, its text position and its score."""
-    size = shape.num_elements * dtype.itemsize + 4 + 4
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-@dataclass
-class Landmarks:
-    """One layer's landmarks. ``tokens`` ``[B, L]`` is -1 where a slot is empty."""
-
-    entries: Entries
-    tokens: torch.Tensor
-    scores: torch.Tensor
+        return -(-self.coder.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -138,11 +122,23 @@ class MiddleTier:
             records = data[:, : count * size].unflatten(1, (count, size))
             return self.plan.raw.decode(data[:, :0], records)
         coder = self._coder
-        count = max(geometry.held(total) // coder.block_tokens for total in totals)
-        start = coder.header_bytes
-        stop = start + count * coder.record_bytes
-        records = data[:, start:stop].unflatten(1, (count, coder.record_bytes))
-        return coder.decode(data[:, :start], records)
+        most = max(geometry.held(total) // coder.block_tokens for total in totals)
+        header = data[:, : coder.header_bytes]
+        parts = [
+            coder.decode(header, self._records(data, min(most, coder.num_records), cut=False))
+        ]
+        if most > coder.num_records:
+            cut_records = self._records(data, most - coder.num_records, cut=True)
+            parts.append(coder.decode(header, cut_records))
+        return parts[0] if len(parts) == 1 else _join(parts)
+
+    def _records(self, data: torch.Tensor, count: int, *, cut: bool) -> torch.Tensor:
+        """The first ``count`` whole or cut records in the bytes of some rows."""
+        coder = self._coder
+        start, size = coder.header_bytes, coder.record_bytes
+        if cut:
+            start, size = start + coder.num_records * size, coder.coarse_bytes
+        return data[:, start : start + count * size].unflatten(1, (count, size))
 
     @property
     def _coder(self) -> Coder:
@@ -150,33 +146,19 @@ class MiddleTier:
             raise RuntimeError("a middle without a coder was read as coded")
         return self.plan.coder
 
-    def landmarks(self, rows: torch.Tensor | slice = slice(None)) -> Landmarks:
-        """The landmarks of coded rows."""
-        shape, count = self.plan.shape, self.plan.geometry.landmarks
-        size = landmark_bytes(shape, self.plan.dtype)
-        start = self.plan.landmark_offset
-        data = self.arena[rows][:, start : start + count * size].unflatten(1, (count, size))
-        exact = shape.num_elements * self.plan.dtype.itemsize
-        entries = RawCoder(shape, self.plan.dtype, count).decode(data, data[..., :exact])
-        tail = data[..., exact : exact + 8].contiguous()
-        return Landmarks(
-            entries=entries,
-            # Stored one higher, so that the arena's zeros mean an empty slot.
-            tokens=tail[..., :4].contiguous().view(torch.int32)[..., 0].long() - 1,
-            scores=tail[..., 4:].contiguous().view(torch.float32)[..., 0],
-        )
+    def landmarks(self) -> tuple[Entries, torch.Tensor]:
+        """Entries of the landmarks ``[B, K, L, ...]`` and their text positions ``[B, L]``."""
+        return self._store.decode(self._landmark_bytes(slice(None)))
 
-    def landmark_data(self, landmarks: Landmarks) -> torch.Tensor:
-        """The bytes ``[B, bytes]`` of landmarks."""
-        shape = self.plan.shape
-        count = landmarks.tokens.shape[1]
-        raw = RawCoder(shape, self.plan.dtype, count)
-        exact = raw.encode(landmarks.tokens, landmarks.entries)
-        tokens = (landmarks.tokens + 1).to(torch.int32)[..., None].view(torch.uint8)
-        scores = landmarks.scores.float()[..., None].contiguous().view(torch.uint8)
-        data = torch.cat([exact, tokens, scores], dim=2)
-        padding = landmark_bytes(shape, self.plan.dtype) - data.shape[2]
-        return torch.nn.functional.pad(data, (0, padding)).flatten(1)
+    @property
+    def _store(self) -> LandmarkStore:
+        if self.plan.store is None:
+            raise RuntimeError("a middle without landmarks was asked for them")
+        return self.plan.store
+
+    def _landmark_bytes(self, rows: list[int] | slice) -> torch.Tensor:
+        start = self.plan.landmark_offset
+        return self.arena[rows][:, start : start + self._store.nbytes]
 
     # --- writing -----------------------------------------------------------------------------
 
@@ -218,7 +200,7 @@ class MiddleTier:
             entries = _window(leaving, stay_raw, starts, counts)
             records = self.plan.raw.encode(self.arena[stay_raw][:, :0], entries)
             writes.append(
-                self._ring_write(records, stay_raw, totals, counts, self.plan.raw, offset=0)
+                self._ring_write(records, stay_raw, totals, counts, self.plan.raw, 0)
             )
         if stay_coded:
             writes += self._append(leaving, stay_coded, starts, counts, totals, sink, queries)
@@ -256,17 +238,20 @@ class MiddleTier:
         header = self.arena[rows][:, : coder.header_bytes]
         own_queries = None if queries is None else queries[rows]
         records = coder.encode(header, entries, own_queries)
-        writes = [
-            self._ring_write(records, rows, totals, counts, coder, offset=coder.header_bytes)
-        ]
-        if self.plan.geometry.landmarks:
-            index = torch.tensor(rows, device=self.arena.device)
+        writes = self._record_writes(records, rows, totals, counts)
+        if self.plan.store is not None:
             first = torch.tensor([sink + totals[row] for row in rows], device=self.arena.device)
             span = torch.arange(entries.num_entries, device=self.arena.device)
             count = torch.tensor([counts[row] for row in rows], device=self.arena.device)
             tokens = torch.where(span < count[:, None], first[:, None] + span, -1)
-            chosen = self._choose(entries, tokens, own_queries, self.landmarks(index))
-            writes.append(self._landmark_write(chosen, index))
+            present = self._landmark_bytes(rows)
+            landmark_header = present[:, : self._store.header_bytes]
+            evidence = self._evidence(header, records, landmark_header, own_queries)
+            writes.append(
+                self._landmark_write(
+                    rows, entries, tokens, evidence, landmark_header, self._store.read(present)
+                )
+            )
         return writes
 
     def _turn(
@@ -295,49 +280,95 @@ class MiddleTier:
         size = entries.num_entries
         writes = [
             Write(index, torch.zeros_like(index), header),
-            self._ring_write(records, [row], [0] * (row + 1), [size] * (row + 1), coder,
-                             offset=coder.header_bytes),
+            *self._record_writes(records, [row], [0] * (row + 1), [size] * (row + 1)),
         ]
-        if self.plan.geometry.landmarks:
+        if self.plan.store is not None:
             tokens = sink + torch.arange(size, device=self.arena.device)[None]
-            chosen = self._choose(entries, tokens, own_queries, None)
-            writes.append(self._landmark_write(chosen, index))
+            landmark_header = self._store.fit(entries)
+            writes.append(
+                Write(index, torch.full_like(index, self.plan.landmark_offset), landmark_header)
+            )
+            evidence = self._evidence(header, records, landmark_header, own_queries)
+            writes.append(
+                self._landmark_write([row], entries, tokens, evidence, landmark_header, None)
+            )
         return writes
 
-    def _choose(
+    def _evidence(
         self,
+        header: torch.Tensor,
+        records: torch.Tensor,
+        landmark_header: torch.Tensor,
+        queries: torch.Tensor | None,
+    ) -> Evidence:
+        decoded = self._coder.decode(header, records)
+        return Evidence(queries, decoded, *self._store.spreads(landmark_header))
+
+    def _landmark_write(
+        self,
+        rows: list[int],
         entries: Entries,
         tokens: torch.Tensor,
-        queries: torch.Tensor | None,
+        evidence: Evidence,
+        header: torch.Tensor,
         present: Landmarks | None,
-    ) -> Landmarks:
-        """The landmarks among ``entries`` and those ``present``."""
-        scores = self.plan.metric(entries, queries)
+    ) -> Write:
+        """The landmarks among ``entries`` and those ``present``, as bytes to put in place."""
+        store, config = self._store, self.plan.config
+        scores = self.plan.metric(entries, evidence).float()
+        records = store.coder.encode(store.means(header), entries)
         if present is not None:
-            entries = _join([present.entries, entries])
+            records = torch.cat([present.records, records], dim=1)
             tokens = torch.cat([present.tokens, tokens], dim=1)
-            scores = torch.cat([present.scores, scores.float()], dim=1)
-        config = self.plan.config
+            scores = torch.cat([present.scores, scores], dim=1)
+        missing = store.count - tokens.shape[1]
+        if missing > 0:
+            records = torch.nn.functional.pad(records, (0, 0, 0, missing))
+            tokens = torch.nn.functional.pad(tokens, (0, missing), value=-1)
+            scores = torch.nn.functional.pad(scores, (0, missing))
         chosen = select_landmarks(
             scores,
             tokens,
-            self.plan.geometry.landmarks,
+            store.count,
             segments=config.coverage_segments,
             priority=config.coverage_priority,
         )
-        rows = torch.arange(chosen.shape[0], device=chosen.device)[:, None]
-        return Landmarks(
-            Entries(
-                entries.keys.transpose(1, 2)[rows, chosen].transpose(1, 2),
-                entries.values.transpose(1, 2)[rows, chosen].transpose(1, 2),
-            ),
-            tokens[rows, chosen],
-            scores[rows, chosen],
-        )
+        own = torch.arange(chosen.shape[0], device=chosen.device)[:, None]
+        landmarks = Landmarks(records[own, chosen], tokens[own, chosen], scores[own, chosen])
+        index = torch.tensor(rows, device=self.arena.device)
+        start = torch.full_like(index, self.plan.landmark_offset + store.header_bytes)
+        return Write(index, start, store.slots(landmarks))
 
-    def _landmark_write(self, landmarks: Landmarks, rows: torch.Tensor) -> Write:
-        start = torch.full_like(rows, self.plan.landmark_offset)
-        return Write(rows, start, self.landmark_data(landmarks))
+    def _record_writes(
+        self, records: torch.Tensor, rows: list[int], totals: list[int], counts: list[int]
+    ) -> list[Write]:
+        """Where new records go, and where the whole ones they displace go once cut."""
+        coder = self._coder
+        block, whole, cut = coder.block_tokens, coder.num_records, coder.num_coarse
+        writes = [self._ring_write(records, rows, totals, counts, coder, coder.header_bytes)]
+        if not cut:
+            return writes
+        cut_start = coder.header_bytes + whole * coder.record_bytes
+        displaced, passing = [], []
+        for index, row in enumerate(rows):
+            before, new = totals[row] // block, counts[row] // block
+            after = before + new
+            for record in range(max(0, before - whole, after - whole - cut), after - whole):
+                start = cut_start + record % cut * coder.coarse_bytes
+                if record < before:
+                    source = coder.header_bytes + record % whole * coder.record_bytes
+                    displaced.append((row, source, start))
+                else:
+                    passing.append((row, index, record - before, start))
+        if displaced:
+            row_index, source, start = self._table(displaced, 3)
+            span = torch.arange(coder.coarse_bytes, device=self.arena.device)
+            data = self.arena[row_index[:, None], source[:, None] + span]
+            writes.append(Write(row_index, start, data))
+        if passing:
+            row_index, own, record, start = self._table(passing, 4)
+            writes.append(Write(row_index, start, records[own, record, : coder.coarse_bytes]))
+        return writes
 
     def _ring_write(
         self,
@@ -357,9 +388,11 @@ class MiddleTier:
                 (row, index, record, offset + (first + record) % slots * coder.record_bytes)
                 for record in range(max(0, new - slots), new)
             ]
-        table = torch.tensor(moves, dtype=torch.long).reshape(-1, 4).T.to(self.arena.device)
-        row_index, own, record, start = table
+        row_index, own, record, start = self._table(moves, 4)
         return Write(row_index, start, records[own, record])
+
+    def _table(self, moves: list[tuple[int, ...]], width: int) -> torch.Tensor:
+        return torch.tensor(moves, dtype=torch.long).reshape(-1, width).T.to(self.arena.device)
 
 
 def _window(entries: Entries, rows: list[int], starts: list[int], counts: list[int]) -> Entries:
