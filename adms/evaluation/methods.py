@@ -22,6 +22,7 @@ from adms.patches import find_family
 
 ADMS, STREAMING, FULL, WINDOW = "adms", "streaming", "full", "window"
 CEILINGS = (FULL, WINDOW)
+DEFAULT_COMPARISON = (FULL, WINDOW, STREAMING, ADMS)
 
 
 @dataclass

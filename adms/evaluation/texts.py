@@ -60,6 +60,45 @@ def load_text(
     return text
 
 
+def collect_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    name_or_path: str | os.PathLike[str] = PYDOC,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    column: str = "text",
+    num_tokens: int,
+    offset: int = 0,
+    rows_at_a_time: int = 64,
+) -> torch.Tensor:
+    """Ids of a text of exactly the length asked for, ``[1, N]``.
+
+    Rows of a data set are joined by an empty line, and read until there are enough tokens: however
+    short they are, the length is reached.
+
+    Args:
+        tokenizer: of the model that reads the ids.
+        name_or_path, config, split, column: as for ``load_text``.
+        num_tokens: how many tokens to return.
+        offset: how many tokens to leave out at the start.
+        rows_at_a_time: rows of a data set to read first; twice as many each time that is too few.
+
+    Raises:
+        ADMSValueError: as ``load_text``; or the whole text has too few tokens.
+    """
+    rows = rows_at_a_time
+    length = -1
+    while True:
+        text = load_text(name_or_path, config=config, split=split, column=column, max_rows=rows)
+        try:
+            return encode_text(tokenizer, text, offset=offset, num_tokens=num_tokens)
+        except ADMSValueError:
+            # Files come whole, and a data set has ended where twice the rows give no more text.
+            if len(text) == length or name_or_path == PYDOC or Path(name_or_path).is_file():
+                raise
+        length, rows = len(text), 2 * rows
+
+
 def encode_text(
     tokenizer: PreTrainedTokenizerBase,
     text: str,

@@ -1,0 +1,44 @@
+"""Recall by depth and length, one panel a method."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adms.evaluation.plots.style import figure
+from adms.evaluation.run_folder import Row
+
+
+def plot_recall(path: Path, rows: Sequence[Row], *, title: str) -> None:
+    """A heat map for each method: depth downwards, length to the right, the share written in.
+
+    The scale runs from white to dark blue, which keeps its order in black and white.
+    """
+    panels = list(dict.fromkeys(row["label"] for row in rows))
+    lengths = sorted({row["context"] for row in rows})
+    depths = sorted({row["depth"] for row in rows})
+    width = 1.3 + max(1.6, 0.7 * len(lengths)) * len(panels)
+    height = 1.5 + 0.42 * len(depths)
+    with figure(path, 1, len(panels), figsize=(width, height), sharey=True, squeeze=False) as axes:
+        for axis, panel in zip(axes[0], panels, strict=True):
+            share = np.full((len(depths), len(lengths)), np.nan)
+            for row in rows:
+                if row["label"] == panel:
+                    share[depths.index(row["depth"]), lengths.index(row["context"])] = row["recall"]
+            _heat_map(axis, share, depths, lengths)
+            axis.set_title(panel.replace(" ", "\n", 1), fontsize=8)
+        axes[0][0].set_ylabel("depth in the text")
+        axes[0][0].figure.suptitle(f"{title}: share answered right, by tokens", fontsize=9)
+
+
+def _heat_map(axis: Any, share: Any, depths: list[float], lengths: list[int]) -> None:
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=8)
+    axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
+    axis.grid(visible=False)
+    for row, column in np.ndindex(*share.shape):
+        value = share[row, column]
+        text = "n/a" if np.isnan(value) else f"{value:.0%}"
+        colour = "white" if value > 0.6 else "black"
+        axis.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)

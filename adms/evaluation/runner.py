@@ -1,0 +1,85 @@
+"""Runs an evaluation into its folder: resumable, and shared by several processes."""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from adms.evaluation.console import progress
+from adms.evaluation.models import load_model
+from adms.evaluation.report import write_report
+from adms.evaluation.run_folder import Row, RunFolder, environment, write_json
+from adms.evaluation.settings import PERPLEXITY, SPEED, Evaluation
+from adms.evaluation.summary import summarize
+from adms.evaluation.units import Bench, Unit, plan
+
+SUMMARY = "summary.json"
+
+
+def run_evaluation(
+    evaluation: Evaluation,
+    folder: Path,
+    *,
+    command: str,
+    force: bool = False,
+    calibration: Any = None,
+) -> list[Row]:
+    """Does what is not done yet and writes everything that follows from it.
+
+    Under ``accelerate launch`` the pieces of work are dealt out to the processes; the first one
+    writes the rows, which are those of a single process.
+
+    Args:
+        evaluation: what to measure.
+        folder: where results are and go.
+        command: the command line, for the report.
+        force: forget finished work first.
+        calibration: for ADMS; what ``calibrate`` returned or wrote.
+
+    Returns:
+        The summary's rows (in every process).
+
+    Raises:
+        ADMSValueError: a wrong name, file or size; nothing finished is lost.
+    """
+    state = PartialState()
+    if force and state.is_main_process:
+        forget(folder)
+    state.wait_for_everyone()
+    with state.main_process_first():
+        target = RunFolder(folder, {**evaluation.to_dict(), "calibrated": calibration is not None})
+    units = plan(evaluation)
+    keys = [unit.key for unit in units]
+    open_units = [unit for unit in units if not target.is_done(unit.key)]
+    mine = open_units[state.process_index :: state.num_processes]
+    if mine:
+        _work(evaluation, target, mine, calibration)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        rows = target.write_rows(keys)
+        if open_units or not (folder / "environment.json").is_file():
+            write_json(folder / "environment.json", environment())
+        summary = summarize(evaluation, target, units, rows)
+        write_report(evaluation, target, units, summary, command)
+        # Last: its presence says that the run is complete.
+        write_json(folder / SUMMARY, summary)
+    state.wait_for_everyone()
+    return summarize(evaluation, target, units, target.rows(keys))
+
+
+def forget(folder: Path) -> None:
+    """Deletes what a run finished, and nothing that is not a run's."""
+    (folder / SUMMARY).unlink(missing_ok=True)
+    for pattern in ("*.json", "*.npz"):
+        for file in (folder / "items").glob(pattern):
+            file.unlink()
+
+
+def _work(evaluation: Evaluation, folder: RunFolder, units: list[Unit], calibration: Any) -> None:
+    model, tokenizer = load_model(evaluation.model, evaluation.dtype, evaluation.device)
+    bench = Bench(evaluation, model, tokenizer, calibration)
+    for unit in units:
+        total = evaluation.tokens if unit.task in (PERPLEXITY, SPEED) else unit.length
+        with progress(total, f"{unit.label:32}") as bar:
+            rows, arrays = bench.run(unit, bar.update)
+        folder.finish(unit.key, rows, arrays)

@@ -1,0 +1,244 @@
+"""The pieces of work of a run: each is measured alone, kept once finished, and never repeated.
+
+A piece's result depends on its key and the run's configuration alone, so processes can share a run
+in any order and the rows come out the same.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from adms.config import ADMSConfig
+from adms.errors import ADMSValueError, UnsupportedModelError
+from adms.evaluation import needles
+from adms.evaluation.methods import (
+    ADMS,
+    FULL,
+    STREAMING,
+    Method,
+    open_method,
+    trained_length,
+)
+from adms.evaluation.run_folder import Arrays, Row
+from adms.evaluation.settings import PERPLEXITY, SPEED, Evaluation, short_name
+from adms.evaluation.speed import measure_speed
+from adms.evaluation.statistics import perplexity
+from adms.evaluation.stream import answer, check_length, read
+from adms.evaluation.texts import collect_ids
+
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of work: a task with one method on one sample."""
+
+    key: str
+    task: str
+    method: str
+    config: ADMSConfig
+    sample: int = 0
+    length: int = 0
+    depth: float = 0.0
+
+    @property
+    def label(self) -> str:
+        """For progress bars."""
+        place = f" {self.length} at {self.depth:.0%}" if self.length else ""
+        return f"{self.method} {self.task}{place}"
+
+
+def plan(evaluation: Evaluation) -> list[Unit]:
+    """Every piece of work of a run, in the order of its rows."""
+    units = []
+    for task in evaluation.tasks:
+        for index, config in enumerate(evaluation.configs()):
+            for method in evaluation.methods:
+                # The full cache is the same for every budget.
+                if method == FULL and index:
+                    continue
+                budget = "" if method == FULL else f"/b{config.compressed_budget}"
+                stem = f"{task}/{method}{budget}"
+                units += _of_task(evaluation, task, method, config, stem)
+    return units
+
+
+def _of_task(
+    evaluation: Evaluation, task: str, method: str, config: ADMSConfig, stem: str
+) -> list[Unit]:
+    if task == PERPLEXITY:
+        return [
+            Unit(f"{stem}/s{sample:03d}", task, method, config, sample)
+            for sample in range(evaluation.samples)
+        ]
+    if task == SPEED:
+        return [Unit(stem, task, method, config)]
+    return [
+        Unit(
+            f"{stem}/n{length}/d{depth:.3f}/t{trial:03d}",
+            task,
+            method,
+            config,
+            trial,
+            length,
+            depth,
+        )
+        for length in evaluation.lengths
+        for depth in evaluation.depths
+        for trial in range(evaluation.trials)
+    ]
+
+
+@dataclass
+class Bench:
+    """A loaded model and the texts, made when the first piece of work asks for them."""
+
+    evaluation: Evaluation
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    calibration: Any = None
+    _ids: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+    def ids(self, offset: int, tokens: int) -> torch.Tensor:
+        """``[1, tokens]`` of the run's text."""
+        wanted = (offset, tokens)
+        if wanted not in self._ids:
+            one = self.evaluation
+            self._ids[wanted] = collect_ids(
+                self.tokenizer,
+                one.text,
+                config=one.text_config,
+                split=one.split,
+                column=one.column,
+                num_tokens=tokens,
+                offset=offset,
+                rows_at_a_time=one.rows_at_a_time,
+            )
+        return self._ids[wanted]
+
+    def describe(self, unit: Unit) -> Row:
+        """The columns that every row begins with."""
+        one = self.evaluation
+        return {
+            "scenario": one.scenario,
+            "profile": one.profile,
+            "model": short_name(one.model),
+            "dataset": "/".join(filter(None, [short_name(one.text), one.text_config])),
+            "context": unit.length or one.tokens,
+            "task": unit.task,
+            "method": unit.method,
+            "start_size": unit.config.sink_size,
+            "compressed_budget": unit.config.compressed_budget,
+            "recent_size": unit.config.recent_size,
+            "equal_memory": one.equal_memory,
+        }
+
+    def run(self, unit: Unit, on_chunk: Progress) -> tuple[list[Row], Arrays]:
+        """Does one piece of work.
+
+        Returns:
+            Its rows and arrays. A ceiling or baseline that cannot work here gives a row with a
+            note instead of figures; ADMS and StreamingLLM raise.
+        """
+        row = self.describe(unit)
+        streaming = None if self.evaluation.equal_memory else unit.config.recent_size
+        own = self.calibration if unit.method == ADMS else None
+        try:
+            with open_method(
+                self.model,
+                unit.method,
+                unit.config,
+                streaming_recent=streaming,
+                calibration=own,
+            ) as method:
+                row["label"] = method.label
+                found, arrays = self._measure(unit, method, on_chunk)
+        except (ADMSValueError, UnsupportedModelError) as error:
+            if unit.method in (ADMS, STREAMING):
+                raise
+            row.setdefault("label", unit.method)
+            return [{**row, "note": str(error)}], {}
+        return [{**row, **found}], arrays
+
+    def _measure(self, unit: Unit, method: Method, on_chunk: Progress) -> tuple[Row, Arrays]:
+        match unit.task:
+            case "perplexity":
+                return self._perplexity(unit, method, on_chunk)
+            case "speed":
+                return self._speed(unit, method, on_chunk)
+            case _:
+                return self._retrieval(unit, method, on_chunk), {}
+
+    def _chunk(self, unit: Unit) -> int:
+        # What ADMS resolves to; every method reads in the same chunks.
+        with open_method(self.model, ADMS, unit.config) as probe:
+            return int(probe.cache.sizes.chunk)
+
+    def _perplexity(self, unit: Unit, method: Method, on_chunk: Progress) -> tuple[Row, Arrays]:
+        one = self.evaluation
+        check_length(method, one.tokens)
+        chunk = self._chunk(unit)
+        ids = self.ids(one.offset + unit.sample * one.tokens, one.tokens)
+        trace = read(self.model, method, ids, chunk=chunk, on_chunk=on_chunk)
+        first = one.first_measured(trained_length(self.model))
+        row = {
+            "sample": unit.sample,
+            "chunk": chunk,
+            "measured_from": first,
+            "perplexity": perplexity(trace.losses[first - 1 :]),
+            "cache_bytes": max(trace.nbytes),
+            "max_bytes": method.max_nbytes,
+        }
+        arrays = {
+            "losses": trace.losses,
+            "tokens": np.asarray(trace.tokens),
+            "nbytes": np.asarray(trace.nbytes),
+        }
+        return row, arrays
+
+    def _retrieval(self, unit: Unit, method: Method, on_chunk: Progress) -> Row:
+        check_length(method, unit.length)
+        chunk = self._chunk(unit)
+        seed = self.evaluation.seed * 1000 + unit.sample
+        # Every trial has its own filler text and its own facts.
+        filler = self.ids(self.evaluation.offset + unit.sample * unit.length, unit.length)
+        trial = needles.make_trial(
+            self.tokenizer, filler, unit.task, length=unit.length, depth=unit.depth, seed=seed
+        )
+        trace = read(self.model, method, trial.text, chunk=chunk, on_chunk=on_chunk)
+        produced = answer(
+            self.model,
+            method,
+            trial.question,
+            chunk=chunk,
+            max_new_tokens=needles.answer_tokens(self.tokenizer, trial.answer),
+        )
+        return {
+            "sample": unit.sample,
+            "chunk": chunk,
+            "depth": unit.depth,
+            "correct": needles.is_correct(self.tokenizer, produced, trial.answer),
+            "expected": trial.answer,
+            "reply": " ".join(self.tokenizer.decode(produced).split()),
+            "cache_bytes": max(trace.nbytes),
+            "max_bytes": method.max_nbytes,
+        }
+
+    def _speed(self, unit: Unit, method: Method, on_chunk: Progress) -> tuple[Row, Arrays]:
+        one = self.evaluation
+        check_length(method, one.tokens + one.decode_tokens)
+        chunk = self._chunk(unit)
+        ids = self.ids(one.offset, one.tokens)
+        figures, arrays = measure_speed(
+            self.model,
+            method,
+            ids,
+            chunk=chunk,
+            decode_tokens=one.decode_tokens,
+            on_chunk=on_chunk,
+        )
+        return {"chunk": chunk, "max_bytes": method.max_nbytes, **figures}, arrays
