@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from adms.attention.tiered import attend, grouped_attention
+from adms.attention.grouped import grouped_attention
+from adms.attention.tiered import attend
 from adms.binding import PositionScheme
 from adms.cache import ADMSKVCache
 from adms.positions import ForwardView
