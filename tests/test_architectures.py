@@ -5,9 +5,11 @@ The numbers in the names of sections are those of the checklist the project bega
 
 import copy
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
+import transformers
 from transformers import DynamicCache, PreTrainedModel
 
 from adms import disable_adms, enable_adms_llm
@@ -37,6 +39,12 @@ SMALL = ADMSConfig(
 LENGTH = 36
 # The frequencies of longrope change within that length; see test_longrope.
 STATIC = tuple(name for name in NAMES if name != "phi3-long")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _version(record_testsuite_property: Callable[[str, object], None]) -> None:
+    """For the README's table, which is made from the reports of runs."""
+    record_testsuite_property("transformers", transformers.__version__)
 
 
 def dense(model: PreTrainedModel, inputs: torch.Tensor, step: int | None = None) -> torch.Tensor:
@@ -73,7 +81,8 @@ def test_equals_dynamic_cache_when_everything_fits(name: str) -> None:
         assert cache.get_seq_length() == LENGTH
 
 
-@pytest.mark.parametrize("name", STATIC)
+# torch's grouped matrix product, which Mixtral calls, has no float64.
+@pytest.mark.parametrize("name", [name for name in STATIC if name != "mixtral"])
 def test_equals_dynamic_cache_in_float64(name: str) -> None:
     # In float32 rounding hides errors of 1e-5; what remains here is what models round themselves:
     # softmax in float32, and cosines and sines.
@@ -123,16 +132,11 @@ def test_one_layer_equals_dense_over_what_is_retained(name: str, chunk: int) -> 
     layers = {"n_layers": 1} if name.startswith("mpt") else {"num_hidden_layers": 1}
     model = tiny(name, **layers)
     inputs = ids(1, 60)
-    config = ADMSConfig(
-        start_size=3, recent_size=8, compressed_budget=0, prefill_chunk_size=chunk
-    )
+    config = ADMSConfig(start_size=3, recent_size=8, compressed_budget=0, prefill_chunk_size=chunk)
     actual = run(model, inputs, enable_adms_llm(model, config), chunk)
     expected = []
     for start in range(0, 60, chunk):
         kept = retained(start, config)
-        if start and chunk == 1 and start >= config.recent_size:
-            # A single token leaves only once the window is over-full, so one more is there.
-            kept = retained(start, config)
         tokens = torch.cat([inputs[:, kept], inputs[:, start : start + chunk]], dim=1)
         with torch.no_grad():
             expected.append(model(tokens, use_cache=False).logits[:, -chunk:])
@@ -175,9 +179,7 @@ def test_padded_rows_equal_the_rows_alone_over_two_turns(name: str) -> None:
             width = outputs[turn].shape[1]
             row, mask = padded([rows[index], ids(1, width)])
             with torch.no_grad():
-                expected = model(
-                    row[:1], attention_mask=mask[:1], past_key_values=alone
-                ).logits
+                expected = model(row[:1], attention_mask=mask[:1], past_key_values=alone).logits
             count = rows[index].shape[1]
             torch.testing.assert_close(
                 outputs[turn][index, -count:], expected[0, -count:], atol=3e-5, rtol=0
@@ -253,9 +255,7 @@ def test_positions_stay_inside_the_trained_length(
         for kind in cache.binding_for_use.kinds:
             whole = kind.scheme.tables
 
-            def spy(
-                positions: torch.Tensor, *rest: torch.Tensor, whole: object = whole
-            ) -> object:
+            def spy(positions: torch.Tensor, *rest: torch.Tensor, whole: object = whole) -> object:
                 seen.append(float(positions.max()))
                 seen.append(-float(positions.min()))
                 return whole(positions, *rest)  # type: ignore[operator]
@@ -407,7 +407,9 @@ def test_bytes_are_those_of_every_tensor_held(name: str) -> None:
             waiting += part
         elif hasattr(part, "__dict__") and part is not cache.binding:
             waiting += [
-                value for key, value in vars(part).items() if key not in ("cache", "plan", "binding")
+                value
+                for key, value in vars(part).items()
+                if key not in ("cache", "plan", "binding")
             ]
     assert cache.nbytes == sum(found.values())
 

@@ -145,11 +145,8 @@ def test_phi3_keeps_the_cache_across_its_shorter_length() -> None:
     produced = model.generate(inputs, past_key_values=cache, **{**GREEDY, "max_new_tokens": 12})
     assert produced.shape[1] == 32
     assert cache.get_seq_length() == 31
-    # The text was read once; transformers reads it anew at token 25 with a cache of its own.
+    # The text was read once; Phi3's own method would have dropped the cache at token 25.
     assert widths == [20] + [1] * 11
-    widths.clear()
-    theirs(model, inputs, max_new_tokens=12)
-    assert max(widths[1:]) > 1
 
 
 def test_dynamic_rotary_buffers_of_the_model_stay() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 VOCABULARY = 96
 TRAINED = 64
@@ -115,18 +115,25 @@ WINDOWED = ("mistral-window", "qwen2-mixed", "gemma2", "gemma3")
 MOVABLE = tuple(name for name in NAMES if name not in LEARNED + WINDOWED)
 
 
-def tiny(name: str, **changes: Any) -> PreTrainedModel:
-    """A random model in float32, ready for inference."""
+def config_of(name: str, **changes: Any) -> PreTrainedConfig:
+    """The configuration of a tiny model."""
     prefix, parameters = ARCHITECTURES[name]
     text = "Text" if prefix == "Gemma3" else ""
-    make_config: Callable[..., Any] = getattr(transformers, f"{prefix}{text}Config")
-    make_model: Callable[..., PreTrainedModel] = getattr(transformers, f"{prefix}ForCausalLM")
-    config = make_config(**parameters | changes)
+    make: Callable[..., PreTrainedConfig] = getattr(transformers, f"{prefix}{text}Config")
+    config = make(**parameters | changes)
     if prefix == "Gemma2":
         # Its softcap is part of eager attention alone.
         config._attn_implementation = "eager"
+    return config
+
+
+def tiny(name: str, **changes: Any) -> PreTrainedModel:
+    """A random model in float32, ready for inference."""
+    prefix, _ = ARCHITECTURES[name]
+    make: Callable[..., PreTrainedModel] = getattr(transformers, f"{prefix}ForCausalLM")
+    config = config_of(name, **changes)
     torch.manual_seed(3)
-    model = make_model(config).eval()
+    model = make(config).eval()
     # Wide enough that positions and the order of tokens matter to the output.
     for parameter in model.parameters():
         if parameter.dim() > 1:
