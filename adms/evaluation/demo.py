@@ -31,7 +31,7 @@ from adms.evaluation.run_folder import (
 )
 from adms.evaluation.statistics import block_bootstrap, gap_closed, perplexity
 from adms.evaluation.stream import Trace, answer, check_length, read
-from adms.evaluation.texts import PYDOC, encode_text, load_text
+from adms.evaluation.texts import PYDOC, decode_ids, encode_text, load_text
 from adms.generation import generate_turn
 
 OFFSET = 2000
@@ -125,7 +125,7 @@ def measure(
     outcome = Outcome(
         method=method,
         trace=trace,
-        reply=" ".join(tokenizer.decode(produced).split()),
+        reply=" ".join(decode_ids(tokenizer, produced).split()),
         is_right=needles.is_correct(tokenizer, produced, material.key),
         peak_nbytes=max(*trace.nbytes, *rest.nbytes),
     )
@@ -213,7 +213,7 @@ def continue_text(
     before = cache.tokens_seen
     out.print(
         Panel(
-            tokenizer.decode(prompt[0]).strip(),
+            decode_ids(tokenizer, prompt[0]).strip(),
             title=f"{before:,} tokens are behind; the text goes on",
             title_align="left",
         ),
@@ -233,7 +233,7 @@ def continue_text(
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
     )
     out.print(f"\n{cache!r}", markup=False)
-    return tokenizer.decode(produced[0, prompt.shape[1] :], skip_special_tokens=True)
+    return decode_ids(tokenizer, produced[0, prompt.shape[1] :])
 
 
 def run(

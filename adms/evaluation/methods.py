@@ -176,6 +176,6 @@ def open_method(
         label = f"exact window {sizes.sink}+{recent}"
         yield Method(name, label, cache, cache.max_nbytes, None, cache.config.to_dict())
     else:
-        with open_policy(model, name, adms) as (cache, settings):
+        with open_policy(model, name, adms) as (simulated, settings):
             label = settings.pop("label")
-            yield Method(name, label, cache, cache.max_nbytes, None, settings)
+            yield Method(name, label, simulated, simulated.max_nbytes, None, settings)

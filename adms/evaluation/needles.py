@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from adms.errors import ADMSValueError
+from adms.evaluation.texts import decode_ids
 
 PASSKEY, MULTIKEY, LOOKUP = "passkey", "multikey", "lookup"
 KINDS = (PASSKEY, MULTIKEY, LOOKUP)
@@ -166,8 +167,7 @@ def make_trial(
 
 def is_correct(tokenizer: PreTrainedTokenizerBase, produced: torch.Tensor, answer: str) -> bool:
     """Whether an answer begins with what was asked for, whitespace aside."""
-    text = tokenizer.decode(produced, skip_special_tokens=True)
-    return text.strip().startswith(answer)
+    return decode_ids(tokenizer, produced).strip().startswith(answer)
 
 
 def answer_tokens(tokenizer: PreTrainedTokenizerBase, answer: str) -> int:

@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from adms.evaluation.console import progress
 from adms.evaluation.models import load_model
+from adms.evaluation.processes import this_process
 from adms.evaluation.report import write_report
 from adms.evaluation.run_folder import Row, RunFolder, environment, write_json
 from adms.evaluation.settings import PERPLEXITY, SPEED, Evaluation
@@ -42,7 +41,7 @@ def run_evaluation(
     Raises:
         ADMSValueError: a wrong name, file or size; nothing finished is lost.
     """
-    state = PartialState()
+    state = this_process()
     if force and state.is_main_process:
         forget(folder)
     state.wait_for_everyone()

@@ -4,7 +4,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate import PartialState
 from transformers import AutoConfig
 
 from adms.errors import ADMSError, ADMSValueError
@@ -12,9 +11,10 @@ from adms.evaluation.console import console, show
 from adms.evaluation.models import SMOLLM2, smollm2_folder
 from adms.evaluation.needles import KINDS
 from adms.evaluation.plots.suite import plot_suite
+from adms.evaluation.processes import this_process
 from adms.evaluation.report import display, without_empty
 from adms.evaluation.run_folder import Row, csv_text, markdown_table, write_atomic
-from adms.evaluation.runner import SUMMARY, run_evaluation
+from adms.evaluation.runner import SUMMARY, forget, run_evaluation
 from adms.evaluation.scenarios import Scenario
 from adms.evaluation.settings import PERPLEXITY, SPEED, Evaluation, Profile
 from adms.patches import FAMILIES
@@ -88,7 +88,7 @@ def run_suite(
     """
     failures = []
     out = console()
-    is_main = PartialState().is_main_process
+    is_main = this_process().is_main_process
     if force:
         # First for all, so that a kill on the way leaves nothing old among the new.
         _mark_forced(root, scenarios, profiles)
@@ -109,20 +109,18 @@ def run_suite(
                 failures.append(Failure(scenario.name, profile.name, reason))
                 if is_main:
                     out.print(f"  not run: {reason}", markup=False)
-    PartialState().wait_for_everyone()
+    this_process().wait_for_everyone()
     if is_main:
         aggregate(root, command, failures)
     return failures
 
 
 def _mark_forced(root: Path, scenarios: list[Scenario], profiles: list[Profile]) -> None:
-    from adms.evaluation.runner import forget
-
-    if PartialState().is_main_process:
+    if this_process().is_main_process:
         for scenario in scenarios:
             for profile in profiles:
                 forget(root / scenario.name / profile.name)
-    PartialState().wait_for_everyone()
+    this_process().wait_for_everyone()
 
 
 def collect(root: Path) -> list[Row]:

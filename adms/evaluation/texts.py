@@ -60,6 +60,12 @@ def load_text(
     return text
 
 
+def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> str:
+    """The text of ids ``[N]``, special tokens left out."""
+    # The signature allows a list, which only a batch of rows gives.
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
 def collect_ids(
     tokenizer: PreTrainedTokenizerBase,
     name_or_path: str | os.PathLike[str] = PYDOC,

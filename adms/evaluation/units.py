@@ -28,7 +28,7 @@ from adms.evaluation.settings import PERPLEXITY, SPEED, Evaluation, short_name
 from adms.evaluation.speed import measure_speed
 from adms.evaluation.statistics import perplexity
 from adms.evaluation.stream import answer, check_length, read
-from adms.evaluation.texts import collect_ids
+from adms.evaluation.texts import collect_ids, decode_ids
 
 Progress = Callable[[int], object]
 
@@ -223,7 +223,7 @@ class Bench:
             "depth": unit.depth,
             "correct": needles.is_correct(self.tokenizer, produced, trial.answer),
             "expected": trial.answer,
-            "reply": " ".join(self.tokenizer.decode(produced).split()),
+            "reply": " ".join(decode_ids(self.tokenizer, produced).split()),
             "cache_bytes": max(trace.nbytes),
             "max_bytes": method.max_nbytes,
         }

@@ -161,7 +161,7 @@ class SimulatedCache(Cache):
                 scheme.tables(places, like, fresh),
                 scheme.tables(fresh, like, fresh),
             )
-        return self._shared[key]  # type: ignore[no-any-return]
+        return self._shared[key]
 
 
 _ACTIVE: ContextVar[SimulatedCache | None] = ContextVar("simulated_cache", default=None)
@@ -239,17 +239,17 @@ def simulated(
     )
     if ATTENTION_NAME not in ALL_ATTENTION_FUNCTIONS:
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention)
-    before = compat.get_attention(decoder.config)  # type: ignore[arg-type]
+    before = compat.get_attention(decoder.config)
     hooks = [
         attention.register_forward_pre_hook(_hand_over_unrotated, with_kwargs=True)
         for attention in family.attentions(decoder)
     ]
     token = _ACTIVE.set(cache)
-    compat.set_attention(decoder.config, ATTENTION_NAME)  # type: ignore[arg-type]
+    compat.set_attention(decoder.config, ATTENTION_NAME)
     try:
         yield cache
     finally:
-        compat.set_attention(decoder.config, before)  # type: ignore[arg-type]
+        compat.set_attention(decoder.config, before)
         _ACTIVE.reset(token)
         for hook in hooks:
             hook.remove()

@@ -21,7 +21,7 @@ def plot_memory(path: Path, lines: Sequence[Line], *, title: str) -> None:
         axes.set_xlabel("tokens read")
         axes.set_ylabel("cache (MiB)")
         axes.set_title(title, fontsize=10)
-        axes.legend(fontsize=9)
+        axes.figure.legend(loc="outside right upper", fontsize=8)
 
 
 def plot_latency(
@@ -43,4 +43,4 @@ def plot_latency(
         axes.set_xlabel("milliseconds for a token (marker: median)")
         axes.set_ylabel("share of tokens")
         axes.set_title(title, fontsize=10)
-        axes.legend(fontsize=9)
+        axes.figure.legend(loc="outside right upper", fontsize=8)

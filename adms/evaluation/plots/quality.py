@@ -30,4 +30,4 @@ def plot_quality(path: Path, rows: Sequence[Row], *, title: str) -> None:
         axes.set_xlabel("bytes the cache never exceeds (MiB)")
         axes.set_ylabel("perplexity")
         axes.set_title(title, fontsize=10)
-        axes.legend(fontsize=9)
+        axes.figure.legend(loc="outside right upper", fontsize=8)

@@ -9,6 +9,9 @@ import numpy as np
 from adms.evaluation.plots.style import figure
 from adms.evaluation.run_folder import Row
 
+# Cells of the heat maps side by side on a page.
+PANELS_WIDTH = 10
+
 
 def plot_recall(path: Path, rows: Sequence[Row], *, title: str) -> None:
     """A heat map for each method: depth downwards, length to the right, the share written in.
@@ -18,18 +21,26 @@ def plot_recall(path: Path, rows: Sequence[Row], *, title: str) -> None:
     panels = list(dict.fromkeys(row["label"] for row in rows))
     lengths = sorted({row["context"] for row in rows})
     depths = sorted({row["depth"] for row in rows})
-    width = 1.3 + max(1.6, 0.7 * len(lengths)) * len(panels)
-    height = 1.5 + 0.42 * len(depths)
-    with figure(path, 1, len(panels), figsize=(width, height), sharey=True, squeeze=False) as axes:
-        for axis, panel in zip(axes[0], panels, strict=True):
+    across = min(len(panels), max(1, PANELS_WIDTH // max(2, len(lengths))))
+    down = -(-len(panels) // across)
+    width = 1.2 + max(1.3, 0.65 * len(lengths)) * across
+    height = 0.6 + (0.8 + 0.36 * len(depths)) * down
+    with figure(
+        path, down, across, figsize=(width, height), sharex=True, sharey=True, squeeze=False
+    ) as axes:
+        for axis in axes.flat[len(panels) :]:
+            axis.set_visible(False)
+        for axis, panel in zip(axes.flat, panels, strict=False):
             share = np.full((len(depths), len(lengths)), np.nan)
             for row in rows:
                 if row["label"] == panel:
                     share[depths.index(row["depth"]), lengths.index(row["context"])] = row["recall"]
             _heat_map(axis, share, depths, lengths)
             axis.set_title(panel.replace(" ", "\n", 1), fontsize=8)
-        axes[0][0].set_ylabel("depth in the text")
-        axes[0][0].figure.suptitle(f"{title}: share answered right, by tokens", fontsize=9)
+        drawing = axes[0][0].figure
+        drawing.supylabel("depth in the text", fontsize=9)
+        drawing.supxlabel("tokens", fontsize=9)
+        drawing.suptitle(f"{title}: share answered right", fontsize=9)
 
 
 def _heat_map(axis: Any, share: Any, depths: list[float], lengths: list[int]) -> None:

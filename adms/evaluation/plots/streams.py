@@ -50,7 +50,10 @@ def plot_streams(path: Path, lines: Sequence[Line], *, title: str, width: int = 
             bottom.plot(line.tokens, held, label=line.label, **line_look(line.method))
         top.set_ylabel("loss (nats per token)")
         top.set_title(f"{title} (average over {width} tokens)", fontsize=10)
-        top.legend(ncols=min(3, len(lines)), fontsize=9)
+        handles, labels = top.get_legend_handles_labels()
+        top.figure.legend(
+            handles, labels, loc="outside lower center", ncols=min(3, len(lines)), fontsize=9
+        )
         if panels == 3 and reference is not None:
             for line in others:
                 extra = smooth(line.losses - reference.losses, width)

@@ -70,7 +70,7 @@ def figure(path: Path, rows: int = 1, columns: int = 1, **options: Any) -> Itera
         ) from error
     from matplotlib import rc_context
 
-    style = {
+    style: Any = {
         "font.size": 10,
         "axes.grid": True,
         "grid.alpha": 0.3,
