@@ -46,7 +46,7 @@ for version in "${versions[@]}"; do
   if [ -n "${VERSION_MATRIX_REPORTS:-}" ]; then
     report=("--junitxml=$VERSION_MATRIX_REPORTS/$version.xml")
   fi
-  "$venv/bin/python" -m pytest -q "${report[@]}" -p no:cacheprovider -m "not slow and not assets" \
+  "$venv/bin/python" -m pytest -q ${report[@]+"${report[@]}"} -p no:cacheprovider -m "not slow and not assets" \
     tests/test_architectures.py tests/test_architectures_generate.py \
     tests/test_architectures_wrapped.py ||
     fail "the tests above failed on transformers $version"
