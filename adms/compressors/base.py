@@ -10,6 +10,7 @@ keys/values.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,9 @@ class LayerContext:
         value_metric: ``[K, E, E]`` how errors in values reach the layer's output (the mean over a
             KV head's query heads of ``W_o^T W_o``), or None if unknown.
         calibration: tensors of this layer from ``adms.calibrate``, by name; empty without.
+        rotate: brings states ``[B, heads, N, D]`` to positions ``[1 or B, N]``; None where they
+            need none, or are not known.
+        distance: positions between a token that enters the middle and the newest one.
     """
 
     shape: TokenShape
@@ -41,11 +45,14 @@ class LayerContext:
     layer_idx: int = 0
     value_metric: torch.Tensor | None = None
     calibration: dict[str, torch.Tensor] = field(default_factory=dict)
+    rotate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    distance: int = 0
 
     @property
     def is_layer_specific(self) -> bool:
-        """Whether layers of equal shape still differ in what a compressor may know."""
-        return self.value_metric is not None or bool(self.calibration)
+        """Whether layers of equal shape may still differ in what a compressor may know."""
+        known = (self.value_metric, self.rotate)
+        return bool(self.calibration) or any(part is not None for part in known)
 
 
 class Coder(ABC):
