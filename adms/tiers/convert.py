@@ -1,6 +1,6 @@
 """The middle's bytes from one dtype of the model to another.
 
-Codes do not depend on the dtype; tokens that are held exactly (before coding starts, and landmarks)
+Codes and landmarks do not depend on the dtype; tokens that are held exactly, before coding starts,
 do. Shapes: ``B`` rows.
 """
 
@@ -8,7 +8,7 @@ import torch
 
 from adms.entries import Entries
 from adms.errors import ADMSValueError
-from adms.tiers.middle import Landmarks, MiddlePlan, MiddleTier
+from adms.tiers.middle import MiddlePlan, MiddleTier
 
 
 def convert_arena(
@@ -40,13 +40,8 @@ def convert_arena(
                 f"{after.geometry.landmarks} landmarks instead of {before.geometry.capacity} and "
                 f"{before.geometry.landmarks}; load it with the model in {before.dtype}"
             )
-        end = before.landmark_offset
+        end = min(arena.shape[1], new.arena.shape[1])
         new.arena[row, :end] = arena[row, :end]
-        if before.geometry.landmarks:
-            chosen = old.landmarks(torch.tensor([row], device=arena.device))
-            cast = Landmarks(_cast(chosen.entries, after.dtype), chosen.tokens, chosen.scores)
-            data = new.landmark_data(cast)
-            new.arena[row, end : end + data.shape[1]] = data[0]
     return new.arena
 
 
