@@ -178,10 +178,12 @@ class Compressor(ABC):
         name: what configurations call it.
         parameters: names of the ``ADMSConfig`` parameters that it uses beside the common ones; one
             that it does not use raises when set explicitly.
+        needs_rotation: whether its coders make use of ``LayerContext.rotate``.
     """
 
     name: str = ""
     parameters: frozenset[str] = frozenset()
+    needs_rotation: bool = False
 
     def block_tokens(self, config: "ADMSConfig") -> int:
         """Tokens that are coded together."""
@@ -226,9 +228,10 @@ class Compressor(ABC):
             context = LayerContext(shape, dtype)
             coder = self.bind(context, nbytes, config or ADMSConfig(compressor_type=self.name))
         usable = count // coder.block_tokens * coder.block_tokens
-        if coder.num_records * coder.block_tokens < usable or usable < count:
+        room = coder.num_records * coder.block_tokens
+        if room < count or usable < count:
             raise ADMSValueError(
-                f"{nbytes} bytes hold {coder.num_records * coder.block_tokens} tokens of {self.name} in blocks of "
+                f"{nbytes} bytes hold {room} tokens of {self.name} in blocks of "
                 f"{coder.block_tokens}, got {count} tokens; give more bytes or whole blocks"
             )
         header = coder.fit(entries, queries)
