@@ -267,6 +267,12 @@ def resolve_sizes(config: ADMSConfig, max_positions: int | None, block: int = 1)
             "chunk": "prefill_chunk_size" in config.explicit,
         }
         values = _lower_defaults(values, given, interval, max_positions)
+    if 0 < values["budget"] < block:
+        raise ADMSValueError(
+            f"the compressor codes {block} tokens together, and what waits for that is charged to "
+            f"compressed_budget, {values['budget']} tokens here; raise compressed_budget or choose "
+            "smaller blocks (for vq, num_clusters) or another compressor"
+        )
     return Sizes(interval=interval, max_positions=max_positions, **values)
 
 
