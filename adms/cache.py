@@ -135,9 +135,18 @@ class ADMSLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def keep_queries(self, queries: torch.Tensor) -> None:
-        """Keeps the pass's queries ``[B, H, Q, D]`` until the commit if anything there asks."""
-        if self.middle is not None and self.middle.plan.needs_queries:
+        """Keeps the pass's queries ``[B, H, Q, D]`` until the commit if anything there asks.
+
+        Those of padding are kept as zeros.
+        """
+        if self.middle is None or not self.middle.plan.needs_queries:
+            return
+        valid = self.cache.require_view().column_valid
+        if valid is None:
             self.queries = own_storage(queries)
+        else:
+            padding = ~valid.to(queries.device)[:, None, :, None]
+            self.queries = queries.masked_fill(padding, 0)
 
     def clear_in_flight(self, view: ForwardView) -> None:
         """Empties the slots of a single token that was not committed.
