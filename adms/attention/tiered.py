@@ -152,10 +152,13 @@ def _middle_parts(
         marks, marked = layer.middle.landmarks()
         coded = torch.tensor([geometry.is_coded(total) for total in totals], device=like.device)
         tokens = torch.where(coded[:, None], marked, -1)
-        # A landmark's code is masked as long as it is still there.
-        is_mark = (middle.tokens.to(like.device)[:, :, None] == tokens[:, None, :]).any(2)
-        valid = ~is_mark if parts[0].entries.valid is None else parts[0].entries.valid & ~is_mark
-        parts[0].entries = _with_valid(entries, valid, like.device)
+        # A landmark's code is masked as long as it is still there; an entry for several tokens
+        # stays, since the others have nothing else.
+        if geometry.entries_per_record == geometry.block_tokens:
+            is_mark = (middle.tokens.to(like.device)[:, :, None] == tokens[:, None, :]).any(2)
+            held = parts[0].entries.valid
+            valid = ~is_mark if held is None else held & ~is_mark
+            parts[0].entries = _with_valid(entries, valid, like.device)
         places = landmark_positions(tokens, middle, view)
         exact = _with_valid(marks, tokens >= 0, like.device)
         tables = scheme.tables(places, like, view.query_positions(geometry).to(like.device))
