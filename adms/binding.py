@@ -6,7 +6,8 @@ cache; it holds nothing of any stream.
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -45,6 +46,13 @@ class PositionScheme(Protocol):
 
         Scores are summed in the precision of what this returns.
         """
+
+
+def _rotate(
+    scheme: PositionScheme, states: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """States ``[B, heads, N, D]`` at positions ``[1 or B, N]``."""
+    return scheme.rotate(states, scheme.tables(positions, states, positions))
 
 
 @dataclass(frozen=True)
@@ -142,6 +150,9 @@ class Binding:
         if self.compressor is None:
             return None
         context = self.context(layer_idx, shape, dtype)
+        if self.compressor.needs_rotation:
+            rotate = partial(_rotate, self.kinds[layer_idx].scheme)
+            context = replace(context, rotate=rotate, distance=sizes.recent)
         key = (layer_idx if context.is_layer_specific else -1, shape, dtype)
         if key not in self._plans:
             self._plans[key] = self._make_plan(self.compressor, context, sizes)
