@@ -4,6 +4,7 @@ import torch
 
 from adms.entries import Entries
 from adms.importance.base import Evidence, register_metric
+from adms.importance.representatives import representatives
 
 # Weight of a value's relative error against a key's, as in ``low_rank``.
 VALUE_WEIGHT = 0.3
@@ -20,8 +21,9 @@ def coding_error(entries: Entries, evidence: Evidence) -> torch.Tensor:
         error = (exact.float() - coded.float()).square().sum((1, 3))
         return error / spread[:, None].clamp(min=1e-12)
 
-    keys = relative(entries.keys, evidence.decoded.keys, evidence.key_spread)
-    values = relative(entries.values, evidence.decoded.values, evidence.value_spread)
+    decoded = representatives(entries, evidence.decoded)
+    keys = relative(entries.keys, decoded.keys, evidence.key_spread)
+    values = relative(entries.values, decoded.values, evidence.value_spread)
     return keys + VALUE_WEIGHT * values
 
 
