@@ -20,7 +20,8 @@ class Evidence:
     Attributes:
         queries: ``[B, H, Q, D]`` the pass's queries before positions; only for metrics with an
             attribute ``needs_queries``.
-        decoded: what the tokens' codes decode to, keys ``[B, K, N, D]``.
+        decoded: what the tokens' codes decode to, keys ``[B, K, N, D]``; fewer entries where a
+            compressor folds several tokens into one.
         key_spread: ``[B]`` mean squared distance of a key from the mean, all heads together.
         value_spread: ``[B]`` the same of values.
     """
