@@ -1,6 +1,13 @@
 """Compressors: one algorithm a file behind one contract."""
 
-from adms.compressors import low_rank, quantized
+from adms.compressors import (
+    attention_matching,
+    low_rank,
+    product_quantization,
+    quantized,
+    summary,
+    vq,
+)
 from adms.compressors.base import (
     COMPRESSORS,
     Block,
@@ -19,8 +26,12 @@ __all__ = [
     "Compressor",
     "LayerContext",
     "RawCoder",
+    "attention_matching",
     "low_rank",
+    "product_quantization",
     "quantized",
     "register_compressor",
     "resolve_compressor",
+    "summary",
+    "vq",
 ]
