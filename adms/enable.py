@@ -66,7 +66,7 @@ class Installation:
             model_key=self.model_key,
             config=config,
             sizes=sizes,
-            kinds=self.family.kinds(decoder),
+            kinds=[*self.family.kinds(decoder), *self.family.further_kinds(decoder, sizes)],
             dtype=self.family.dtype(decoder),
             compressor=compressor,
             metric=metric,
@@ -277,7 +277,8 @@ def _decoder_forward(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
         raise ADMSValueError("use_cache=False with an ADMSKVCache stores nothing; leave it out")
     if cache.binding is None or cache.binding.model_key is not installation.model_key:
         cache.bind(installation.binding(cache.config))
-    return stream(decoder, forward, cache, named, installation.family.adjust)
+    family = installation.family
+    return stream(decoder, forward, cache, named, family.adjust, family.prepare)
 
 
 def _install_forward(decoder: nn.Module) -> Undo:

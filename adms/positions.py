@@ -116,6 +116,8 @@ class ForwardView:
         self.seen, self.evicted, self.fresh = counts
         self._middles: dict[MiddleGeometry, MiddleView] = {}
         self._spans: dict[MiddleGeometry, torch.Tensor] = {}
+        #: ``[B]`` text position before which a family has the middle forgotten, or None
+        self.forgotten: torch.Tensor | None = None
         #: per-pass results that attention shares between layers, by key
         self.shared: dict[object, object] = {}
 

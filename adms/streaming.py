@@ -23,6 +23,7 @@ def stream(
     cache: ADMSKVCache,
     arguments: dict[str, Any],
     adjust: Callable[[dict[str, Any], ADMSKVCache], None] | None = None,
+    prepare: Callable[[nn.Module, Callable[..., Any], ADMSKVCache, list[int]], None] | None = None,
 ) -> Any:
     """Runs a decoder over all columns of a call, at most ``prefill_chunk_size`` at a time.
 
@@ -35,6 +36,7 @@ def stream(
         cache: the cache, bound to the decoder's model.
         arguments: the call's arguments by name.
         adjust: changes a chunk's arguments where the family asks for it.
+        prepare: what the family does before a chunk, which gets the chunk's real tokens per row.
 
     Returns:
         The decoder's output for all columns.
@@ -64,6 +66,11 @@ def stream(
             own = _slice_arguments(arguments, start, stop, columns)
             own_valid = None if valid is None else valid[:, start:stop]
             try:
+                if prepare is not None:
+                    width = stop - start
+                    new = [width] * batch if own_valid is None else own_valid.sum(1).tolist()
+                    with torch.no_grad():
+                        prepare(decoder, forward, cache, new)
                 cache.begin(batch, stop - start, own_valid, inputs.device)
                 own["past_key_values"] = cache
                 own["adms_cache"] = cache

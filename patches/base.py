@@ -15,6 +15,7 @@ from torch import nn
 
 from adms.binding import LayerKind
 from adms.cache import ADMSKVCache
+from adms.config import Sizes
 from adms.errors import UnsupportedModelError
 
 # Undoes one step of an installation.
@@ -155,6 +156,10 @@ class Family(ABC):
     def kinds(self, decoder: nn.Module) -> list[LayerKind]:
         """A description of every attention layer."""
 
+    def further_kinds(self, decoder: nn.Module, sizes: Sizes) -> list[LayerKind]:
+        """Layers that the cache needs beside attention's; none by default."""
+        return []
+
     @abstractmethod
     def install(self, decoder: nn.Module) -> list[Undo]:
         """Makes the attention modules hand keys over before positions; returns how to undo it."""
@@ -162,6 +167,15 @@ class Family(ABC):
     def install_model(self, model: nn.Module) -> list[Undo]:
         """Changes methods of the model around the decoder; nothing by default."""
         return []
+
+    def prepare(  # noqa: B027
+        self,
+        decoder: nn.Module,
+        forward: Callable[..., Any],
+        cache: ADMSKVCache,
+        new: list[int],
+    ) -> None:
+        """Runs before a chunk of ``new`` real tokens per row is begun; nothing by default."""
 
     def adjust(self, arguments: dict[str, Any], cache: ADMSKVCache) -> None:  # noqa: B027
         """Changes a chunk's arguments before the decoder sees them; nothing by default."""

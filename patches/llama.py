@@ -42,8 +42,8 @@ def hand_over_unrotated(
 @functools.cache
 def _notice_windows(model_type: str) -> None:
     logger.warning(
-        "every layer of this %s has a sliding window of its own, which ADMS leaves as it is: memory "
-        "is bounded by the windows, and no compressed middle is held",
+        "every layer of this %s has a sliding window of its own, which ADMS leaves as it is: "
+        "memory is bounded by the windows, and no compressed middle is held",
         model_type,
     )
 

@@ -144,14 +144,20 @@ def _middle_parts(
     if entries is None:
         return []
     middle = view.middle(geometry)
+    known = middle.valid
+    if view.forgotten is not None:
+        remembered = middle.tokens >= view.forgotten[:, None]
+        known = remembered if known is None else known & remembered
     positions, tables = _shared(
         view, "middle", geometry, lambda: middle.positions, scheme, like
     )
-    parts = [Part(_with_valid(entries, middle.valid, like.device), positions, tables)]
+    parts = [Part(_with_valid(entries, known, like.device), positions, tables)]
     if geometry.landmarks and any(geometry.is_coded(total) for total in totals):
         marks, marked = layer.middle.landmarks()
         coded = torch.tensor([geometry.is_coded(total) for total in totals], device=like.device)
         tokens = torch.where(coded[:, None], marked, -1)
+        if view.forgotten is not None:
+            tokens = torch.where(tokens >= view.forgotten.to(like.device)[:, None], tokens, -1)
         # A landmark's code is masked as long as it is still there; an entry for several tokens
         # stays, since the others have nothing else.
         if geometry.entries_per_record == geometry.block_tokens:
