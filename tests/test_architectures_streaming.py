@@ -1,0 +1,99 @@
+"""Streams of 16 times the trained length through the small trained models."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+
+from adms import enable_adms_llm, enable_streaming_llm
+
+TRAINED = 512
+LENGTH = 16 * TRAINED
+CHUNK = 64
+CACHE_TOKENS = 128
+
+pytestmark = [pytest.mark.assets, pytest.mark.slow]
+
+
+def load(assets_models: Path, assets_text: Path, name: str) -> tuple[PreTrainedModel, torch.Tensor]:
+    """A small trained model in float32, and the ids of a long text."""
+    folder = assets_models / name
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    text = (assets_text / "sotu.txt").read_text(encoding="utf-8")[300_000:360_000]
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids
+    return model, ids[:, :LENGTH]
+
+
+@torch.no_grad()
+def stream_losses(model: PreTrainedModel, ids: torch.Tensor, cache: object) -> torch.Tensor:
+    """Loss of every token but the first, read a chunk at a time."""
+    logits = [
+        model(part, past_key_values=cache, use_cache=True).logits[0]
+        for part in ids.split(CHUNK, dim=1)
+    ]
+    return cross_entropy(torch.cat(logits)[:-1], ids[0, 1:], reduction="none")
+
+
+@torch.no_grad()
+def window_losses(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """The same of dense attention in windows of the trained length.
+
+    Past the first window every token has at least half of one as its context.
+    """
+    losses = torch.zeros(ids.shape[1] - 1)
+    half = TRAINED // 2
+    for start in range(0, ids.shape[1] - TRAINED + 1, half):
+        window = ids[:, start : start + TRAINED]
+        logits = model(window, use_cache=False).logits[0, :-1]
+        loss = cross_entropy(logits, window[0, 1:], reduction="none")
+        first = 0 if start == 0 else half - 1
+        losses[start + first : start + TRAINED - 1] = loss[first:]
+    return losses
+
+
+@pytest.mark.parametrize("name", ["tiny-neox", "tiny-falcon", "tiny-mpt"])
+def test_the_last_quarter_is_as_good_as_dense_windows(
+    name: str, assets_models: Path, assets_text: Path
+) -> None:
+    model, ids = load(assets_models, assets_text, name)
+    # What the default resolves to on 512 positions; ALiBi has no length to resolve it by.
+    cache = enable_adms_llm(model, recent_size=308)
+    losses = stream_losses(model, ids, cache)
+    assert cache.nbytes <= cache.max_nbytes
+    assert cache.tokens_seen == LENGTH
+    last = slice(LENGTH * 3 // 4, None)
+    assert losses[last].mean() <= 1.03 * window_losses(model, ids)[last].mean()
+
+
+def test_alibi_that_needs_its_first_tokens_beats_dense_attention_over_the_stream(
+    assets_models: Path, assets_text: Path
+) -> None:
+    """tiny-falcon-alibi drifts in any stream, dropped tokens or not; dropping some drifts less."""
+    model, ids = load(assets_models, assets_text, "tiny-falcon-alibi")
+    ids = ids[:, : LENGTH // 2]
+    dense = stream_losses(model, ids, DynamicCache(config=model.config))
+    ours = stream_losses(model, ids, enable_adms_llm(model, recent_size=308))
+    last = slice(LENGTH * 3 // 8, None)
+    assert ours[last].mean() < dense[last].mean()
+
+
+def test_opt_is_finite_and_better_than_a_window_without_sinks(
+    assets_models: Path, assets_text: Path
+) -> None:
+    model, ids = load(assets_models, assets_text, "tiny-opt")
+    budget, sink = 32, 4
+    cache = enable_adms_llm(
+        model,
+        start_size=sink,
+        compressed_budget=budget,
+        recent_size=CACHE_TOKENS - sink - budget,
+    )
+    bare = enable_streaming_llm(model, start_size=0, recent_size=CACHE_TOKENS)
+    assert cache.max_nbytes <= bare.max_nbytes
+    losses, without = stream_losses(model, ids, cache), stream_losses(model, ids, bare)
+    assert losses.isfinite().all()
+    assert cache.nbytes <= cache.max_nbytes
+    last = slice(LENGTH * 3 // 4, None)
+    assert losses[last].mean() < without[last].mean()
