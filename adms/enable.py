@@ -239,9 +239,10 @@ def adms_attention(
         function = _base_function(module, base)
         return function(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
     scaling = kwargs.get("scaling")
+    layer_idx: Any = module.layer_idx
     output = attend_layer(
         adms_cache,
-        module.layer_idx,
+        layer_idx,
         query,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         dropout=kwargs.get("dropout", 0.0),

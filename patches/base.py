@@ -194,7 +194,7 @@ FAMILIES: list[Family] = []
 
 def modeling_function(module: nn.Module, name: str) -> Callable[..., Any]:
     """A function of the file that defines a module's class."""
-    return getattr(sys.modules[type(module).__module__], name)  # type: ignore[no-any-return]
+    return getattr(sys.modules[type(module).__module__], name)
 
 
 def bind_method(owner: nn.Module, name: str, function: Callable[..., Any]) -> Undo:

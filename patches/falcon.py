@@ -75,7 +75,7 @@ def split_heads(attention: Any, fused: torch.Tensor) -> tuple[torch.Tensor, ...]
     """The fused projection ``[B, Q, ...]`` as queries ``[B, Q, H, D]``, keys and values
     ``[B, Q, K, D]``."""
     if not attention.new_decoder_architecture:
-        return attention._split_heads(fused)  # type: ignore[no-any-return]
+        return attention._split_heads(fused)
     # Falcon's own split repeats keys and values for every query head of their group.
     group = attention.num_heads // attention.num_kv_heads
     parts = fused.unflatten(2, (-1, group + 2, attention.head_dim))
@@ -94,9 +94,9 @@ class FalconFamily(Family):
         """ALiBi takes any distance."""
         return None if config.alibi else int(config.max_position_embeddings)
 
-    def attentions(self, decoder: nn.Module) -> list[nn.Module]:
+    def attentions(self, decoder: Any) -> list[nn.Module]:
         """``h[i].self_attention``."""
-        return [layer.self_attention for layer in decoder.h]  # type: ignore[union-attr,misc]
+        return [layer.self_attention for layer in decoder.h]
 
     def kinds(self, decoder: nn.Module) -> list[LayerKind]:
         """Every layer attends to everything."""
@@ -108,7 +108,7 @@ class FalconFamily(Family):
             scheme = FalconAlibi(first, self.dtype(decoder))
         else:
             scheme = RotaryScheme(
-                decoder.rotary_emb,  # type: ignore[arg-type]
+                decoder.rotary_emb,
                 modeling_function(first, "apply_rotary_pos_emb"),
             )
         shape = TokenShape(first.num_kv_heads, first.head_dim, first.head_dim)

@@ -1,5 +1,7 @@
 """GPT-NeoX and Pythia: Llama's path with rotary positions on a part of each head."""
 
+from typing import Any
+
 from torch import nn
 
 from adms.patches.base import FAMILIES
@@ -13,9 +15,9 @@ class GPTNeoXFamily(LlamaFamily):
     model_types = ("gpt_neox",)
     positions = "rotary on part of each head, applied at cache positions when read"
 
-    def attentions(self, decoder: nn.Module) -> list[nn.Module]:
+    def attentions(self, decoder: Any) -> list[nn.Module]:
         """``layers[i].attention``."""
-        return [layer.attention for layer in decoder.layers]  # type: ignore[union-attr,misc]
+        return [layer.attention for layer in decoder.layers]
 
 
 FAMILIES.append(GPTNeoXFamily())

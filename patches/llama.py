@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.generation import GenerationMixin
+from transformers import GenerationMixin
 
 from adms.binding import LayerKind
 from adms.cache import ADMSKVCache
@@ -78,9 +78,9 @@ class LlamaFamily(Family):
     )
     positions = "rotary, applied at cache positions when read"
 
-    def attentions(self, decoder: nn.Module) -> list[nn.Module]:
+    def attentions(self, decoder: Any) -> list[nn.Module]:
         """``layers[i].self_attn``."""
-        return [layer.self_attn for layer in decoder.layers]  # type: ignore[union-attr,misc]
+        return [layer.self_attn for layer in decoder.layers]
 
     def window(self, config: Any, layer_idx: int) -> int | None:
         """Tokens that a layer's queries see; None where they see everything.
@@ -125,7 +125,7 @@ class LlamaFamily(Family):
             layer_type = self.rotary_choice(decoder, index)
             if layer_type not in schemes:
                 schemes[layer_type] = RotaryScheme(
-                    decoder.rotary_emb,  # type: ignore[arg-type]
+                    decoder.rotary_emb,
                     modeling_function(attentions[0], "apply_rotary_pos_emb"),
                     layer_type,
                 )

@@ -41,7 +41,7 @@ class OPTFamily(Family):
     def decoder(self, model: nn.Module) -> nn.Module:
         """``OPTDecoder``, which is inside the base model."""
         base: Any = model.base_model
-        return base.decoder if hasattr(base, "decoder") else base  # type: ignore[no-any-return]
+        return base.decoder if hasattr(base, "decoder") else base
 
     def attentions(self, decoder: Any) -> list[nn.Module]:
         """``layers[i].self_attn``."""
@@ -84,7 +84,7 @@ class OPTFamily(Family):
         embeddings = arguments.get("inputs_embeds")
         if embeddings is None:
             model: Any = cache.binding_for_use.model_key()
-            embeddings = self.decoder(model).embed_tokens(arguments["input_ids"])  # type: ignore[union-attr,operator]
+            embeddings = self.decoder(model).embed_tokens(arguments["input_ids"])  # type: ignore[operator]
             arguments["input_ids"], arguments["inputs_embeds"] = None, embeddings
         first = torch.tensor(next_positions(cache, view.timeline), device=embeddings.device)
         positions = first[:, None] + view.column_offsets()

@@ -58,7 +58,7 @@ def attend_layer(
     layer = cache.layers[layer_idx]
     scheme = cache.binding_for_use.kinds[layer_idx].scheme
     attention: Any = attend_window if isinstance(layer, WindowLayer) else attend
-    return attention(cache, layer, scheme, query, scaling, dropout, softcap)  # type: ignore[no-any-return]
+    return attention(cache, layer, scheme, query, scaling, dropout, softcap)
 
 
 def attend_window(
