@@ -153,7 +153,7 @@ def _middle_parts(
     )
     parts = [Part(_with_valid(entries, known, like.device), positions, tables)]
     if geometry.landmarks and any(geometry.is_coded(total) for total in totals):
-        marks, marked = layer.middle.landmarks()
+        marks, marked = layer.middle.landmarks(totals)
         coded = torch.tensor([geometry.is_coded(total) for total in totals], device=like.device)
         tokens = torch.where(coded[:, None], marked, -1)
         if view.forgotten is not None:

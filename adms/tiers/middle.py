@@ -146,9 +146,19 @@ class MiddleTier:
             raise RuntimeError("a middle without a coder was read as coded")
         return self.plan.coder
 
-    def landmarks(self) -> tuple[Entries, torch.Tensor]:
-        """Entries of the landmarks ``[B, K, L, ...]`` and their text positions ``[B, L]``."""
-        return self._store.decode(self._landmark_bytes(slice(None)))
+    def landmarks(self, totals: list[int]) -> tuple[Entries, torch.Tensor]:
+        """Entries of the landmarks ``[B, K, L, ...]`` and their text positions ``[B, L]``.
+
+        Args:
+            totals: tokens that have entered the middle, per row; rows not coded yet have none.
+        """
+        coded = [self.plan.geometry.is_coded(total) for total in totals]
+        data = self._landmark_bytes(slice(None))
+        if not all(coded):
+            # Their bytes there are tokens; read as landmarks they need not even be finite, and a
+            # masked entry is still multiplied by zero.
+            data = data * torch.tensor(coded, device=data.device)[:, None]
+        return self._store.decode(data)
 
     @property
     def _store(self) -> LandmarkStore:
