@@ -60,7 +60,7 @@ class ADMSConfig:
     num_clusters: int = 64
     compression_interval: int = 8
     svd_max_tokens: int = 512
-    importance_ratio: float = 0.05
+    importance_ratio: float = 0.1
     importance_metric: str = "coding_error"
     min_importance_tokens: int = 4
     use_adaptive_budget: bool = False

@@ -11,6 +11,7 @@ Shapes: ``B`` rows, ``K`` KV heads, ``N`` tokens, ``J`` channels over all heads 
 ``K * E`` of values), ``C`` coded channels, ``G = C / 8`` groups, ``T`` bytes of a token.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,9 +32,14 @@ if TYPE_CHECKING:
     from adms.config import ADMSConfig
 
 # Bits per element of a token's code; measured best on three texts (docs/middle-tier.md).
-CODE_BITS = 1.4
-# Half of the records' bytes hold old tokens, whose codes are cut to this share.
+CODE_BITS = 1.1
+# Share of the channels that the stored basis spans, of keys and of values.
+KEY_SHARE = 0.6
+VALUE_SHARE = 0.7
+# ``auto``: whole codes of more bits, cut to half once old, each kind in half of the bytes.
+AUTO_BITS = 1.4
 COARSE_CODE = 0.5
+COARSE_SHARE = 0.5
 # Weight of a value's relative error against a key's; measured (docs/middle-tier.md).
 VALUE_WEIGHT = 0.3
 # Steps of the gain per doubling.
@@ -60,16 +66,25 @@ class Transform:
 class LowRankCoder(Coder):
     """See the module; made by ``LowRank.bind``."""
 
-    def __init__(self, context: LayerContext, nbytes: int, config: "ADMSConfig") -> None:
+    def __init__(
+        self,
+        context: LayerContext,
+        nbytes: int,
+        config: "ADMSConfig",
+        *,
+        code_bits: float = CODE_BITS,
+        coarse_share: float = 0.0,
+    ) -> None:
         shape = context.shape
         self.shape = shape
         self.dtype = context.dtype
         self.fit_tokens = config.svd_max_tokens
         self.key_channels = shape.num_heads * shape.key_dim
         self.value_channels = shape.num_heads * shape.value_dim
-        self.code_bytes = max(2, round(shape.num_elements * CODE_BITS / 8))
-        self.key_coded = self._coded(self.key_channels, shape.num_heads, config.rank)
-        self.value_coded = self._coded(self.value_channels, shape.num_heads, config.rank)
+        self.code_bytes = max(2, round(shape.num_elements * code_bits / 8))
+        rank = None if config.rank is None else config.rank * shape.num_heads
+        self.key_coded = _coded(self.key_channels, KEY_SHARE, rank)
+        self.value_coded = _coded(self.value_channels, VALUE_SHARE, rank)
         self.record_bytes = GAIN_BYTES + self.code_bytes
         self.layout = (
             (torch.float16, (self.key_channels,)),
@@ -86,15 +101,11 @@ class LowRankCoder(Coder):
         self.header_bytes = sum(
             dtype.itemsize * torch.Size(extents).numel() for dtype, extents in self.layout
         )
+        # The share of the bytes that old, cut records take; see ``Auto``.
         self.coarse_bytes = GAIN_BYTES + max(1, round(self.code_bytes * COARSE_CODE))
         left = max(0, nbytes - self.header_bytes)
-        self.num_coarse = left // 2 // self.coarse_bytes
+        self.num_coarse = int(left * coarse_share) // self.coarse_bytes
         self.num_records = (left - self.num_coarse * self.coarse_bytes) // self.record_bytes
-
-    def _coded(self, channels: int, heads: int, rank: int | None) -> int:
-        wanted = channels * 3 // 4 if rank is None else rank * heads
-        most = channels // GROUP * GROUP
-        return max(GROUP, min(most, -(-wanted // GROUP) * GROUP))
 
     # --- fitting -----------------------------------------------------------------------------
 
@@ -192,6 +203,13 @@ class LowRankCoder(Coder):
         )
 
 
+def _coded(channels: int, share: float, rank: int | None) -> int:
+    """Channels of the basis, a multiple of eight: as asked for, or a share of all."""
+    wanted = channels * share if rank is None else rank
+    most = channels // GROUP * GROUP
+    return max(GROUP, min(most, math.ceil(wanted / GROUP) * GROUP))
+
+
 def _flatten(states: torch.Tensor) -> torch.Tensor:
     """``[B, K, N, D]`` -> ``[B, N, K * D]`` in float32."""
     return states.transpose(1, 2).flatten(2).float()
@@ -248,4 +266,20 @@ class LowRank(Compressor):
         return LowRankCoder(context, nbytes, config)
 
 
+class Auto(LowRank):
+    """``low_rank`` that codes recent tokens finely and cuts old ones to half of their code.
+
+    Nothing is coded twice: the bytes come in the order of their use, so a prefix is a coarser code.
+    """
+
+    name = "auto"
+
+    def bind(self, context: LayerContext, nbytes: int, config: "ADMSConfig") -> LowRankCoder:
+        """A coder for this layer."""
+        return LowRankCoder(
+            context, nbytes, config, code_bits=AUTO_BITS, coarse_share=COARSE_SHARE
+        )
+
+
 register_compressor("low_rank", LowRank())
+register_compressor("auto", Auto())
