@@ -194,6 +194,7 @@ def test_torchao_int8(when: str) -> None:
 # --- tensor parallelism -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tensor_parallel_on_two_ranks(tmp_path: Path) -> None:
     """Tokens of two gloo ranks equal those of one process, under eviction."""
     root = Path(__file__).parent.parent
