@@ -194,10 +194,9 @@ def test_decoding_that_rewinds_is_refused(arguments: dict[str, Any]) -> None:
 
 def test_a_second_kind_of_cache_is_refused() -> None:
     model = tiny_llama()
+    cache = small_cache(model)
     with pytest.raises(ADMSValueError, match="cache_implementation has nothing to choose"):
-        model.generate(
-            random_ids(1, 20), past_key_values=small_cache(model), cache_implementation="static"
-        )
+        model.generate(random_ids(1, 20), past_key_values=cache, cache_implementation="static")
 
 
 def test_generate_turn_refuses_what_it_cannot_do() -> None:
