@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from adms.errors import ADMSError
 from adms.evaluation.console import progress
 from adms.evaluation.models import load_model
 from adms.evaluation.processes import this_process
@@ -49,14 +50,22 @@ def run_evaluation(
         target = RunFolder(folder, {**evaluation.to_dict(), "calibrated": calibration is not None})
     units = plan(evaluation)
     keys = [unit.key for unit in units]
-    open_units = [unit for unit in units if not target.is_done(unit.key)]
-    mine = open_units[state.process_index :: state.num_processes]
+    # Dealt from the whole plan: what is open changes while the others work.
+    dealt = units[state.process_index :: state.num_processes]
+    mine = [unit for unit in dealt if not target.is_done(unit.key)]
     if mine:
         _work(evaluation, target, mine, calibration)
     state.wait_for_everyone()
+    missing = [key for key in keys if not target.is_done(key)]
+    if missing:
+        raise ADMSError(
+            f"{len(missing)} of {len(keys)} pieces of work are not done, since another process "
+            "stopped; what is done is kept, run the same command to go on"
+        )
     if state.is_main_process:
         rows = target.write_rows(keys)
-        if open_units or not (folder / "environment.json").is_file():
+        # A run that was complete keeps the surroundings it was made in.
+        if mine or not (folder / "environment.json").is_file():
             write_json(folder / "environment.json", environment())
         summary = summarize(evaluation, target, units, rows)
         write_report(evaluation, target, units, summary, command)

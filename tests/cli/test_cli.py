@@ -1,0 +1,126 @@
+"""The command ``adms``: help that teaches, results, and one clear line for mistakes."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from adms.cli import app
+
+SIZES = ["--start-size", "2", "--compressed-budget", "40", "--recent-size", "16"]
+
+
+def invoke(*arguments: object, environment: dict[str, str] | None = None):  # type: ignore[no-untyped-def]
+    return CliRunner().invoke(app, [str(word) for word in arguments], env=environment)
+
+
+@pytest.fixture
+def place(tiny_model_folder: Path, text_file: Path) -> list[object]:
+    return ["--model", tiny_model_folder, "--text", text_file, "--device", "cpu"]
+
+
+@pytest.mark.parametrize("command", ["eval", "report", "bench", "passkey", "inspect"])
+def test_help_teaches(command: str) -> None:
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    assert "Example" in result.output and f"adms {command}" in result.output
+
+
+def test_eval(place: list[object], tmp_path: Path) -> None:
+    result = invoke(
+        "eval", *place, *SIZES, "--tokens", 150, "--output", tmp_path, "--methods", "streaming,adms"
+    )
+    assert result.exit_code == 0, result.output
+    assert "ADMS 2+40+16" in result.output
+    assert (tmp_path / "report.md").is_file() and (tmp_path / "rows.csv").is_file()
+
+
+def test_bench(place: list[object], tmp_path: Path) -> None:
+    result = invoke(
+        "bench", *place, *SIZES, "--tokens", 100, "--decode-tokens", 5, "--output", tmp_path
+    )
+    assert result.exit_code == 0, result.output
+    header, *rows = (tmp_path / "rows.csv").read_text().splitlines()
+    names = header.split(",")
+    for name in ("first_token_ms", "token_ms_median", "token_ms_p99", "process_peak_bytes"):
+        for row in rows:
+            assert float(row.split(",")[names.index(name)]) > 0
+    assert (tmp_path / "plots" / "latency.png").is_file()
+
+
+def test_passkey(place: list[object], tmp_path: Path) -> None:
+    result = invoke(
+        *("passkey", *place, *SIZES, "--lengths", 220, "--depths", 0.5, "--trials", 1),
+        *("--kinds", "passkey", "--methods", "adms", "--output", tmp_path),
+    )
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "plots" / "passkey.png").is_file()
+
+
+def test_inspect(place: list[object], tmp_path: Path) -> None:
+    picture = tmp_path / "tiers.png"
+    result = invoke("inspect", *place, *SIZES, "--tokens", 200, "--picture", picture)
+    assert result.exit_code == 0, result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    bar = next(line for line in result.output.splitlines() if line.startswith("S"))
+    assert set(bar.strip()) <= set("Sm.R") and bar.strip().endswith("R")
+
+
+def test_report_from_the_environment(
+    tiny_model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    environment = {
+        "SCENARIOS": f"name=one model={tiny_model_folder} dataset={text_file} tokens=200 "
+        "methods=streaming,adms",
+        "PROFILES": "quality",
+        "OUTPUT_ROOT": str(tmp_path),
+        "FORCE_RERUN": "0",
+    }
+    result = invoke("report", environment=environment)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "one" / "quality" / "summary.json").is_file()
+    assert "finished before" in invoke("report", environment=environment).output
+    forced = invoke("report", environment={**environment, "FORCE_RERUN": "1"})
+    assert "finished before" not in forced.output
+    collected = invoke("report", "--only-collect", environment=environment)
+    assert "2 rows" in collected.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "--text", "absent.txt"], "no text file"),
+        (["eval", "--text", "no_such_data_set_here"], "cannot read text"),
+        (["eval", "--set", "compressor_type=zip"], "unknown compressor 'zip'"),
+        (["eval", "--set", "colour=blue"], "unknown parameter 'colour'"),
+        (["eval", "--set", "rank"], "NAME=VALUE"),
+        (["eval", "--recent-size", "300"], "the model was trained on 256"),
+        (["eval", "--compressed-budget", "250"], "the model was trained on 256"),
+        (["eval", "--methods", "h20"], "did you mean 'h2o'"),
+        (["eval", "--model", "./absent"], "no model folder"),
+        (["eval", "--dtype", "int8"], "dtype must name"),
+        (["passkey", "--depths", "deep"], "--depths must be numbers"),
+        (["report", "--scenarios", "nothing_like_this"], "no scenario is called"),
+        (["inspect", "--tokens", "99999999"], "use a longer text"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    place: list[object], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    command, *changes = arguments
+    before = [] if command == "report" else [*place, *SIZES]
+    if command in ("eval", "passkey"):
+        before += ["--output", tmp_path / "run"]
+    if command == "report":
+        before += ["--output-root", tmp_path / "root"]
+    if "--compressed-budget" in changes:
+        before = [*place, "--output", tmp_path / "run"]
+    result = invoke(command, *before, *changes)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.count("\n") == 1 and message in result.stderr
+    assert "Traceback" not in result.output and result.exc_info[0] is SystemExit
+
+
+def test_wrong_values_of_options_are_exit_code_2() -> None:
+    result = invoke("eval", "--tokens", "many")
+    assert result.exit_code == 2 and "Traceback" not in result.output
