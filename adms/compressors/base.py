@@ -264,7 +264,13 @@ def register_compressor(name: str, compressor: Compressor, *, replace: bool = Fa
 def pack(*tensors: torch.Tensor) -> torch.Tensor:
     """Concatenates tensors' bytes row by row: ``[B, ...]`` each -> ``[B, bytes]`` (uint8)."""
     rows = tensors[0].shape[0]
-    return torch.cat([part.reshape(rows, -1).contiguous().view(torch.uint8) for part in tensors], 1)
+    return torch.cat([as_bytes(part.reshape(rows, -1)) for part in tensors], 1)
+
+
+def as_bytes(states: torch.Tensor) -> torch.Tensor:
+    """``[..., N]`` as ``[..., bytes]`` (uint8)."""
+    # Not contiguous(): it leaves the strides of dimensions of size one, which a view refuses.
+    return states.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def unpack(data: torch.Tensor, *layout: tuple[torch.dtype, tuple[int, ...]]) -> list[torch.Tensor]:
