@@ -105,8 +105,9 @@ class ForwardView:
         self.device = device
         self.text_positions = text_positions
         self.anchor_mode = anchor_mode
-        # A single token is written into its ring slot before attention; more are kept aside.
-        self.in_ring = columns == 1
+        # A single token is written into its ring slot before attention; more are kept aside, and so
+        # is a column of padding alone, which must have itself to attend to.
+        self.in_ring = columns == 1 and any(new)
         self.is_uniform = timeline.is_uniform and column_valid is None
         rows = 1 if self.is_uniform else timeline.batch_size
         # The host's counts cross to the device once per pass, in one tensor.

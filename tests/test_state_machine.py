@@ -57,6 +57,7 @@ class StreamMachine(RuleBasedStateMachine):
             compressed_budget=self.budget,
             compression_interval=self.interval,
             prefill_chunk_size=self.chunk,
+            importance_ratio=0.0,
             compressor_type=f"test_byte_{self.block}" if self.budget else "low_rank",
         )
         self.rows: list[Row] = []
