@@ -13,6 +13,7 @@ class GPTNeoXFamily(LlamaFamily):
 
     name = "GPT-NeoX, Pythia"
     model_types = ("gpt_neox",)
+    exact = "exact"
     positions = "rotary on part of each head, applied at cache positions when read"
 
     def attentions(self, decoder: Any) -> list[nn.Module]:

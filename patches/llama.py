@@ -76,6 +76,7 @@ class LlamaFamily(Family):
         "gemma2",
         "gemma3_text",
     )
+    exact = "exact (longrope: within the shorter length, or the longer one in one pass)"
     positions = "rotary, applied at cache positions when read"
 
     def attentions(self, decoder: Any) -> list[nn.Module]:

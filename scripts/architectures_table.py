@@ -85,13 +85,21 @@ def table(reports: list[tuple[str, dict[str, list[bool]]]]) -> str:
 def main() -> None:
     """Reads the folder of reports and prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("reports", type=Path, help="folder of JUnit files, one per version")
+    parser.add_argument(
+        "reports", type=Path, help="folder of JUnit files, at least one per version"
+    )
     folder = parser.parse_args().reports
     paths = sorted(folder.glob("*.xml"))
     if not paths:
         raise SystemExit(f"{folder} holds no *.xml; make some with pytest --junitxml")
     transformers.utils.logging.set_verbosity_error()
-    print(table([read_report(path) for path in paths]))
+    merged: dict[str, dict[str, list[bool]]] = {}
+    for path in paths:
+        version, results = read_report(path)
+        known = merged.setdefault(version, defaultdict(list))
+        for name, outcomes in results.items():
+            known[name] += outcomes
+    print(table(list(merged.items())))
 
 
 if __name__ == "__main__":
