@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -21,6 +21,9 @@ from adms.positions import MiddleGeometry
 from adms.tiers.landmarks import ALIGNMENT, LandmarkStore
 from adms.tiers.middle import MiddlePlan
 from adms.timeline import Timeline
+
+if TYPE_CHECKING:
+    from adms.attention.sparse_prefill import SparsePrefillConfig
 
 # The middle is counted at this many bytes an element, whatever dtype the model runs in.
 BUDGET_ITEMSIZE = 2
@@ -89,6 +92,9 @@ class Binding:
         metric: the resolved importance metric.
         contexts: per layer, what the compressor may know of it.
         is_active: asks whether the model is still enabled.
+        context: makes what the compressor may know of a layer.
+        shared_nbytes: bytes that depend on the model alone.
+        sparse_prefill: how chunks of more than one token attend; None: to everything.
     """
 
     model_key: weakref.ReferenceType[Any]
@@ -102,6 +108,7 @@ class Binding:
     is_active: Callable[[], bool]
     context: Callable[[int, TokenShape, torch.dtype], LayerContext]
     shared_nbytes: int = 0
+    sparse_prefill: "SparsePrefillConfig | None" = None
     _plans: dict[Any, MiddlePlan | None] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Binding":

@@ -18,12 +18,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adms import compat
+from adms.attention.sparse_prefill import SparsePrefillConfig
 from adms.attention.window import attend_layer
 from adms.binding import Binding
 from adms.cache import ADMSKVCache
 from adms.compressors import resolve_compressor
 from adms.compressors.base import LayerContext
-from adms.config import ADMSConfig, config_from, resolve_sizes
+from adms.config import ADMSConfig, check_layer_config, config_from, resolve_sizes
 from adms.entries import TokenShape
 from adms.errors import ADMSTypeError, ADMSValueError, CacheStateError
 from adms.generation import check_generate
@@ -44,7 +45,9 @@ class Installation:
     undo: list[Undo] = field(default_factory=list)
     active: bool = True
 
-    def binding(self, config: ADMSConfig) -> Binding:
+    def binding(
+        self, config: ADMSConfig, sparse_prefill: SparsePrefillConfig | None = None
+    ) -> Binding:
         """A configuration resolved on this model.
 
         Raises:
@@ -59,6 +62,10 @@ class Installation:
         block = compressor.block_tokens(config) if compressor is not None else 1
         sizes = resolve_sizes(config, self.family.max_positions(decoder.config), block)
 
+        kinds = [*self.family.kinds(decoder), *self.family.further_kinds(decoder, sizes)]
+        if sparse_prefill is not None:
+            sparse_prefill.check_kinds(kinds)
+
         def context(layer_idx: int, shape: TokenShape, dtype: torch.dtype) -> LayerContext:
             return LayerContext(shape, dtype, layer_idx)
 
@@ -66,13 +73,14 @@ class Installation:
             model_key=self.model_key,
             config=config,
             sizes=sizes,
-            kinds=[*self.family.kinds(decoder), *self.family.further_kinds(decoder, sizes)],
+            kinds=kinds,
             dtype=self.family.dtype(decoder),
             compressor=compressor,
             metric=metric,
             block_tokens=block if sizes.interval >= block else 1,
             is_active=lambda: self.active,
             context=context,
+            sparse_prefill=sparse_prefill,
         )
 
 
@@ -82,7 +90,11 @@ _DECODERS: "weakref.WeakKeyDictionary[nn.Module, Installation]" = weakref.WeakKe
 
 
 def enable_adms_llm(
-    model: nn.Module, config: ADMSConfig | None = None, **parameters: Any
+    model: nn.Module,
+    config: ADMSConfig | None = None,
+    *,
+    sparse_prefill: SparsePrefillConfig | None = None,
+    **parameters: Any,
 ) -> ADMSKVCache:
     """Makes a pretrained model stream in bounded memory and returns a cache for it.
 
@@ -92,6 +104,8 @@ def enable_adms_llm(
     Args:
         model: a transformers causal language model of a supported family.
         config: the configuration; or give single parameters of ``ADMSConfig`` instead.
+        sparse_prefill: makes chunks of more than one token attend to the blocks that matter most
+            to them, in this cache; None attends to everything. It is no part of a saved session.
         **parameters: parameters of ``ADMSConfig``.
 
     Returns:
@@ -103,6 +117,7 @@ def enable_adms_llm(
         ADMSValueError: a value that cannot work, or that does not fit the model.
     """
     settings = config_from(config, parameters)
+    check_layer_config(sparse_prefill, SparsePrefillConfig, "sparse_prefill")
     if not isinstance(model, nn.Module):
         raise ADMSTypeError(f"model must be a transformers model, got {type(model).__name__}")
     host = _host(model)
@@ -110,10 +125,10 @@ def enable_adms_llm(
     if installation is None:
         family = find_family(host)
         # Resolved on a trial installation first: a refused call must leave the model as it was.
-        Installation(family, weakref.ref(host)).binding(settings)
+        Installation(family, weakref.ref(host)).binding(settings, sparse_prefill)
         installation = _install(host, family)
     cache = ADMSKVCache(settings)
-    cache.bind(installation.binding(settings))
+    cache.bind(installation.binding(settings, sparse_prefill))
     return cache
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from adms.attention.grouped import grouped_attention
+from adms.attention.sparse_prefill import Blocks, attend_sparsely, cut_blocks
 from adms.binding import PositionScheme
 from adms.cache import ADMSKVCache, ADMSLayer
 from adms.entries import Entries
@@ -62,10 +63,31 @@ def attend(
     values = [part.entries.values for part in parts]
     rotated = scheme.rotate(query, query_tables)
     bias = _bias(layer, scheme, view, geometry, parts, query_positions, query)
+    all_keys = keys[0] if len(keys) == 1 else torch.cat(keys, dim=2)
+    all_values = values[0] if len(values) == 1 else torch.cat(values, dim=2)
+    sparse = cache.binding_for_use.sparse_prefill
+    if sparse is not None and sparse.applies(query.shape[2], all_keys.shape[2]):
+        if bias is None:
+            shown = torch.zeros(1, device=query.device, dtype=query.dtype)
+            lowest = torch.finfo(query.dtype).min
+            bias = torch.where(_causal(view, query.device), shown, lowest)
+        return attend_sparsely(
+            sparse,
+            layer.layer_idx,
+            _blocks(view, geometry, parts, query, sparse.block_size),
+            rotated,
+            all_keys,
+            all_values,
+            bias,
+            sinks=view.sizes.sink,
+            scaling=scaling,
+            dropout=dropout,
+            softcap=softcap,
+        )
     return grouped_attention(
         rotated,
-        keys[0] if len(keys) == 1 else torch.cat(keys, dim=2),
-        values[0] if len(values) == 1 else torch.cat(values, dim=2),
+        all_keys,
+        all_values,
         bias,
         is_causal=bias is None and query.shape[2] > 1,
         scaling=scaling,
@@ -232,14 +254,10 @@ def _bias(
     return view.shared[key]  # type: ignore[return-value]
 
 
-def _make_bias(
-    scheme: PositionScheme,
-    view: ForwardView,
-    parts: list[Part],
-    query_positions: torch.Tensor,
-    query: torch.Tensor,
-) -> torch.Tensor | None:
-    device, count = query.device, view.columns
+def _masks(
+    view: ForwardView, parts: list[Part], device: torch.device
+) -> list[torch.Tensor | None]:
+    """Which entries of each part hold something, ``[B or 1, K or 1, N]``; None where all do."""
     masks: list[torch.Tensor | None] = []
     for part in parts:
         valid = part.entries.valid
@@ -251,6 +269,53 @@ def _make_bias(
     if stop > start:
         exact_valid = view.exact_tokens()[1]
         masks[0] = None if exact_valid is None else exact_valid.to(device)[:, None]
+    return masks
+
+
+def _blocks(
+    view: ForwardView,
+    geometry: MiddleGeometry | None,
+    parts: list[Part],
+    query: torch.Tensor,
+    size: int,
+) -> Blocks:
+    """The pass's entries in the order of the text, in blocks for sparse attention."""
+    device = query.device
+    has_landmarks = len(parts) > 2 and geometry is not None and geometry.landmarks > 0
+    key = ("blocks", geometry, device)
+    if not has_landmarks and key in view.shared:
+        return view.shared[key]  # type: ignore[return-value]
+    held = parts[:-1]
+    masks = _masks(view, parts, device)[:-1]
+    seen = [None if mask is None else mask.any(1) for mask in masks]
+    rows = max([part.positions.shape[0] for part in held] + [1])
+    rows = max([rows] + [mask.shape[0] for mask in seen if mask is not None])
+    positions = [part.positions.expand(rows, -1) for part in held]
+    valid = None
+    if any(mask is not None for mask in seen):
+        valid = torch.cat(
+            [
+                torch.ones_like(place, dtype=torch.bool) if mask is None else mask.expand(rows, -1)
+                for place, mask in zip(positions, seen, strict=True)
+            ],
+            dim=1,
+        )
+    new_valid = None if view.column_valid is None else view.column_valid.to(device)
+    places = torch.cat(positions, dim=1) if held else torch.zeros(1, 0, device=device)
+    blocks = cut_blocks(places, valid, new_valid, query.shape[2], size)
+    view.shared[key] = blocks
+    return blocks
+
+
+def _make_bias(
+    scheme: PositionScheme,
+    view: ForwardView,
+    parts: list[Part],
+    query_positions: torch.Tensor,
+    query: torch.Tensor,
+) -> torch.Tensor | None:
+    device, count = query.device, view.columns
+    masks = _masks(view, parts, device)
     alone = len(parts) == 1
     fresh: torch.Tensor | None = None
     if not view.in_ring:
