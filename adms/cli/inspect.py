@@ -14,7 +14,7 @@ from adms.evaluation.models import load_model
 from adms.evaluation.plots.tiers import plot_tiers
 from adms.evaluation.settings import short_name
 from adms.evaluation.texts import collect_ids
-from adms.evaluation.tiers import FORGOTTEN, MIDDLE, RECENT, SINK, Span, spans
+from adms.evaluation.tiers import FORGOTTEN, MIDDLE, RECENT, SINK, Span, landmarks, spans
 
 # A letter beside the colour, for terminals and eyes without colours.
 _LOOKS = {SINK: ("S", "red"), MIDDLE: ("m", "cyan"), RECENT: ("R", "blue"), FORGOTTEN: (".", "dim")}
@@ -77,6 +77,9 @@ def show_spans(found: list[Span], cache: Any) -> None:
         for span in found
     ]
     print_table("Where the text is", rows)
+    exact = landmarks(cache)
+    if exact:
+        out.print(f"  {exact} chosen tokens of each layer stay exact, forgotten stretches included")
     out.print(repr(cache), markup=False)
 
 

@@ -164,7 +164,7 @@ def terminal_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "gap closed": row["gap closed"] or "",
             "cache MiB": f"{row['cache bytes'] / 2**20:.1f}",
             "tokens/s": f"{row['tokens/s']:.0f}",
-            "passkey": row["passkey"] if len(row["passkey"]) < 20 else f"{row['passkey'][:18]}...",
+            "passkey": row["passkey"].partition(":")[0],
         }
         for row in rows
     ]
@@ -286,7 +286,8 @@ def run(
         f"{material.offset} in chunks of {chunk}; perplexity over tokens {first} to {tokens}",
         difference_line(outcomes, first),
         f"passkey: {material.key}, hidden {PASSKEY_DISTANCE} tokens before the question, where "
-        "StreamingLLM's window no longer reaches",
+        "StreamingLLM's window no longer reaches; the replies: "
+        + "; ".join(f"{one.method.label}: {one.reply}" for one in outcomes),
     ]
     print_table("One text, one model, equal bytes", terminal_rows(rows))
     for fact in facts:

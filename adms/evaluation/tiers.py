@@ -27,8 +27,15 @@ class Span:
         return self.stop - self.start
 
 
+def landmarks(cache: ADMSKVCache) -> int:
+    """Chosen tokens that each layer keeps exactly, wherever in the text they stand."""
+    return int(cache.summary().get("middle", {}).get("landmarks", 0))
+
+
 def spans(cache: ADMSKVCache) -> list[Span]:
     """The tiers of a cache over the text, in the order of the text.
+
+    Single tokens that are kept exactly beyond the middle's reach are not spans: see ``landmarks``.
 
     Raises:
         ADMSValueError: the cache has seen nothing yet.

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from adms.errors import ADMSError, ADMSValueError
+from adms.evaluation import texts
 from adms.evaluation.texts import encode_text, load_text
 
 
@@ -158,3 +159,27 @@ class TestEncode:
     @pytest.mark.parametrize("name", ["handbook.txt", "sotu.txt"])
     def test_asset_texts(self, assets_text: Path, name: str) -> None:
         assert len(load_text(assets_text / name)) > 400_000
+
+
+def test_rows_are_added_until_the_length_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [f"row {'x' * (index % 5)}y" for index in range(100)]
+    asked: list[int] = []
+
+    def load(name: object, *, max_rows: int, **_: object) -> str:
+        asked.append(max_rows)
+        return "\n\n".join(rows[:max_rows])
+
+    monkeypatch.setattr(texts, "load_text", load)
+    ids = texts.collect_ids(Words(), "set", num_tokens=90, offset=3, rows_at_a_time=10)
+    assert ids.shape == (1, 90) and asked == [10, 20, 40, 80]
+    whole = Words()("\n\n".join(rows), add_special_tokens=False, verbose=False)["input_ids"]
+    assert ids[0].tolist() == whole[3:93]
+    with pytest.raises(ADMSValueError, match="200 tokens"):
+        texts.collect_ids(Words(), "set", num_tokens=201, rows_at_a_time=10)
+
+
+def test_a_short_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "short.txt"
+    file.write_text("three words here")
+    with pytest.raises(ADMSValueError, match="3 tokens"):
+        texts.collect_ids(Words(), file, num_tokens=4)
