@@ -1,5 +1,6 @@
 """``adms report``: scenarios and profiles, one folder each, and one report over all."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +9,6 @@ import typer
 
 from adms.cli import options
 from adms.evaluation.console import USER_ERROR, console, user_errors
-from adms.evaluation.run_folder import command_line
 from adms.evaluation.scenarios import choose_profiles, choose_scenarios
 from adms.evaluation.suite import DEFAULT_ROOT, aggregate, collect, run_suite
 
@@ -60,9 +60,14 @@ def main(
     - `adms report --scenarios "name=mine model=smollm2 dataset=pydoc tokens=2048"
       --profiles quality`
     """
+    # In full, since part of it may have come from the environment.
+    words = ["adms", "report", "--output-root", str(output_root)]
+    words += ["--scenarios", scenarios] if scenarios else []
+    words += ["--profiles", profiles] if profiles else []
+    command = shlex.join(words)
     with user_errors():
         if only_collect:
-            rows = aggregate(output_root, command_line(), []) if collect(output_root) else []
+            rows = aggregate(output_root, command, []) if collect(output_root) else []
             console().print(f"{len(rows)} rows in {output_root}/report.md", markup=False)
             return
         chosen = choose_scenarios(scenarios)
@@ -70,7 +75,7 @@ def main(
             chosen,
             choose_profiles(profiles),
             output_root,
-            command=command_line(),
+            command=command,
             force=force_rerun,
             device=device,
         )

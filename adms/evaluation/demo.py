@@ -361,7 +361,7 @@ def main(
     recent_size: Annotated[int, typer.Option(min=1, help="Recent tokens kept exactly.")] = 256,
     new_tokens: Annotated[
         int, typer.Option(min=0, help="Tokens of the continuation at the end; 0 for none.")
-    ] = 96,
+    ] = 64,
     seed: Annotated[int, typer.Option(help="Of the passkey and the continuation.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")] = "auto",

@@ -102,7 +102,8 @@ def command_line() -> str:
     program = Path(sys.argv[0])
     name = program.name
     if name == "__main__.py":
-        name = f"python -m {program.parent.name}"
+        # `python -m adms.cli`, which is the command adms.
+        name = program.parent.parent.name
     elif name.endswith(".py"):
         package = "adms" in program.parts and program.parent.name == "evaluation"
         name = f"python -m adms.evaluation.{program.stem}" if package else f"python {name}"

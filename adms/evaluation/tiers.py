@@ -1,4 +1,4 @@
-"""Where every token of the text is in a cache: exact, compressed, or forgotten."""
+"""Where every token of the text is in a cache: sinks, middle, recent window, or forgotten."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from adms.cache import ADMSKVCache
 from adms.errors import ADMSValueError
 
-SINK, MIDDLE, FORGOTTEN, RECENT = "sink", "compressed", "forgotten", "recent"
+SINK, MIDDLE, FORGOTTEN, RECENT = "sink", "middle", "forgotten", "recent"
 
 
 @dataclass(frozen=True)

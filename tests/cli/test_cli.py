@@ -82,6 +82,8 @@ def test_report_from_the_environment(
     assert "finished before" in invoke("report", environment=environment).output
     forced = invoke("report", environment={**environment, "FORCE_RERUN": "1"})
     assert "finished before" not in forced.output
+    report = (tmp_path / "report.md").read_text()
+    assert "adms report --output-root" in report and "--profiles quality" in report
     collected = invoke("report", "--only-collect", environment=environment)
     assert "2 rows" in collected.output
 

@@ -90,6 +90,6 @@ def test_tiers_cover_the_text_once_and_their_bytes_are_the_caches(
     # The buffers are there from the first token on, so only now is every tier's part in use.
     total = sum(span.nbytes for span in found)
     assert 0.95 * cache.nbytes <= total <= cache.nbytes
-    assert [span.tier for span in found] == ["sink", "forgotten", "compressed", "recent"]
+    assert [span.tier for span in found] == ["sink", "forgotten", "middle", "recent"]
     plot_tiers(tmp_path / "tiers.png", found, title="t")
     assert (tmp_path / "tiers.png").stat().st_size > 1000
