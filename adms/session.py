@@ -218,6 +218,7 @@ def load_session(path: str | os.PathLike[str], model: nn.Module, **arguments: An
     host = inner() if callable(inner) else model
     reader.check_model(host)
     config = reader.config()
+    notes, last_ids = reader.get("notes", dict), reader.last_ids()
     was_enabled = is_enabled(model)
     try:
         cache = enable_adms_llm(model, config=config, **arguments)
@@ -226,7 +227,7 @@ def load_session(path: str | os.PathLike[str], model: nn.Module, **arguments: An
         if not was_enabled:
             disable_adms(model)
         raise
-    return Session(cache, reader.tensors.get(_LAST_IDS), reader.get("notes", dict))
+    return Session(cache, last_ids, notes)
 
 
 class _Reader:
@@ -274,6 +275,13 @@ class _Reader:
                 "weights that the stream ran through"
             )
 
+    def last_ids(self) -> torch.Tensor | None:
+        """The ids kept beside the cache."""
+        ids = self.tensors.get(_LAST_IDS)
+        if ids is not None and (ids.dim() != 2 or ids.dtype != torch.int64):
+            raise self.misfit(f"{_LAST_IDS} are {tuple(ids.shape)} in {ids.dtype}")
+        return ids
+
     def _stored_dtype(self) -> torch.dtype | None:
         layers = self.get("layers", list)
         return self._dtype(layers[0]) if layers else None
@@ -292,9 +300,10 @@ class _Reader:
         sizes = self.get("sizes", dict)
         if sizes != vars(binding.sizes):
             raise self.misfit(f"sizes {sizes}, but they resolve to {vars(binding.sizes)} here")
-        codes, own = self.info.get("codes"), describe_codes(binding)
-        for part in sorted({*(codes or {}), *(own or {})} if codes != own else ()):
-            mine, other = (codes or {}).get(part), (own or {}).get(part)
+        own = describe_codes(binding) or {}
+        codes = self.get("codes", dict) if self.info.get("codes") is not None else {}
+        for part in sorted({*codes, *own}):
+            mine, other = codes.get(part), own.get(part)
             if mine != other:
                 raise self.misfit(
                     f"its codes were made with {part} {mine!r}, here it is {other!r}; what was "
@@ -311,7 +320,8 @@ class _Reader:
         family = find_family(model)
         attentions = family.attentions(family.decoder(model))
         for index, layer in enumerate(cache.layers):
-            parameter = next(attentions[index].parameters())
+            # A family may keep further layers after those of its attentions.
+            parameter = next(attentions[min(index, len(attentions) - 1)].parameters())
             device = torch.device("cpu") if parameter.is_meta else parameter.device
             if isinstance(layer, ADMSLayer):
                 self._fill_adms(cache, layer, timeline, device, parameter.dtype)
