@@ -619,6 +619,13 @@ class ADMSKVCache(Cache):
         """Bytes that depend on the model alone (calibration), shared by all its caches."""
         return 0 if self.binding is None else self.binding.shared_nbytes
 
+    def _compressor_name(self) -> str:
+        chosen = self.config.compressor_type
+        if isinstance(chosen, str):
+            return chosen
+        compressor = self.binding_for_use.compressor
+        return type(chosen).__name__ if compressor is None else compressor.name
+
     def summary(self) -> dict[str, Any]:
         """What each tier holds, as plain values (of the fullest row and the first ADMS layer)."""
         if self.timeline is None or self.binding is None:
@@ -635,7 +642,7 @@ class ADMSKVCache(Cache):
             middle = {
                 "tokens": geometry.held(total),
                 "entries": geometry.num_entries(total),
-                "form": self.config.compressor_type if coded else "exact",
+                "form": self._compressor_name() if coded else "exact",
                 "capacity_tokens": max(geometry.capacity, geometry.raw_tokens),
                 "forgotten_tokens": total - geometry.held(total),
                 "landmarks": geometry.landmarks if coded else 0,
