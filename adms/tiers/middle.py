@@ -122,14 +122,14 @@ class MiddleTier:
             records = data[:, : count * size].unflatten(1, (count, size))
             return self.plan.raw.decode(data[:, :0], records)
         coder = self._coder
-        most = max(geometry.held(total) // coder.block_tokens for total in totals)
-        header = data[:, : coder.header_bytes]
-        parts = [
-            coder.decode(header, self._records(data, min(most, coder.num_records), cut=False))
-        ]
+        counts = [geometry.held(total) // coder.block_tokens for total in totals]
+        most, header = max(counts), data[:, : coder.header_bytes]
+        whole = self._records(data, min(most, coder.num_records), cut=False)
+        parts = [coder.decode(header, _blank(whole, counts))]
         if most > coder.num_records:
             cut_records = self._records(data, most - coder.num_records, cut=True)
-            parts.append(coder.decode(header, cut_records))
+            cut_counts = [count - coder.num_records for count in counts]
+            parts.append(coder.decode(header, _blank(cut_records, cut_counts)))
         return parts[0] if len(parts) == 1 else _join(parts)
 
     def _records(self, data: torch.Tensor, count: int, *, cut: bool) -> torch.Tensor:
@@ -422,6 +422,18 @@ def _window(entries: Entries, rows: list[int], starts: list[int], counts: list[i
     return Entries(
         entries.keys[own, :, index].transpose(1, 2), entries.values[own, :, index].transpose(1, 2)
     )
+
+
+def _blank(records: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Zeros in place of what lies beyond a row's own records.
+
+    Those bytes are left over from its exact tokens, and a code may hold anything but NaN.
+    """
+    if min(counts) >= records.shape[1]:
+        return records
+    own = torch.tensor(counts, device=records.device)[:, None]
+    held = torch.arange(records.shape[1], device=records.device) < own
+    return records * held[..., None]
 
 
 def _join(parts: list[Entries]) -> Entries:
