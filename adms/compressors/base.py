@@ -280,11 +280,10 @@ def unpack(data: torch.Tensor, *layout: tuple[torch.dtype, tuple[int, ...]]) -> 
         size = dtype.itemsize
         for extent in shape:
             size *= extent
-        part: Any = data[:, start : start + size].contiguous()
+        part: Any = data[:, start : start + size].reshape(-1)
         if part.storage_offset() % dtype.itemsize:
-            # A single row is contiguous wherever it starts, but a wider type needs an even start.
+            # A single row is no copy wherever it starts, but a wider type needs an even start.
             part = part.clone()
-        part = part.view(dtype)
-        result.append(part.view(data.shape[0], *shape))
+        result.append(part.view(dtype).view(data.shape[0], *shape))
         start += size
     return result
