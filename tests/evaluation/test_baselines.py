@@ -236,15 +236,21 @@ def test_errors_are_clear(model: PreTrainedModel) -> None:
         model(torch.zeros(2, 4, dtype=torch.long), past_key_values=twin)
 
 
-def test_models_without_rotary_positions_are_refused() -> None:
-    from transformers import MptConfig, MptForCausalLM
+def test_models_that_compute_attention_themselves_are_refused() -> None:
+    from transformers import FalconConfig, FalconForCausalLM, MptConfig, MptForCausalLM
 
-    model = MptForCausalLM(MptConfig(d_model=32, n_heads=2, n_layers=1, vocab_size=32)).eval()
-    with (
-        pytest.raises(UnsupportedModelError, match="rotary positions"),
-        open_method(model, "h2o", CONFIG) as method,
-    ):
-        stream(model, method.cache, torch.zeros(1, 4, dtype=torch.long), 4)
+    mpt = MptForCausalLM(MptConfig(d_model=32, n_heads=2, n_layers=1, vocab_size=32))
+    falcon = FalconForCausalLM(
+        FalconConfig(
+            hidden_size=32, num_attention_heads=2, num_hidden_layers=1, vocab_size=32, alibi=False
+        )
+    )
+    for model in (mpt.eval(), falcon.eval()):
+        with (
+            pytest.raises(UnsupportedModelError, match="rotary positions"),
+            open_method(model, "h2o", CONFIG),
+        ):
+            pass
 
 
 @pytest.fixture(autouse=True)

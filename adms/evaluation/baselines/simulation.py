@@ -8,6 +8,7 @@ Shapes: ``K`` KV heads, ``G`` query heads for each, ``Q`` new tokens, ``N`` entr
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -191,14 +192,24 @@ def _hand_over_unrotated(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Pre-hook: positions are replaced by the rotation by nothing."""
-    if kwargs.get("position_embeddings") is None:
-        raise UnsupportedModelError(
-            f"baseline methods need rotary positions that are handed to {type(module).__name__}; "
-            "for this model compare full, window, streaming and adms"
-        )
     cos, sin = kwargs["position_embeddings"]
     still = (torch.ones_like(cos[:1, :1]), torch.zeros_like(sin[:1, :1]))
     return args, {**kwargs, "position_embeddings": still}
+
+
+def _require_interface(attention: torch.nn.Module) -> None:
+    """Refuses attention that takes no rotation from outside, or never asks for a function.
+
+    Falcon and MPT compute attention themselves, so what is registered here would not be called.
+    """
+    forward = inspect.unwrap(type(attention).forward)
+    takes_rotation = "position_embeddings" in inspect.signature(forward).parameters
+    if not takes_rotation or "ALL_ATTENTION_FUNCTIONS" not in forward.__code__.co_names:
+        raise UnsupportedModelError(
+            "baseline methods need rotary positions that are handed to attention, which "
+            f"{type(attention).__name__} does not take; for this model compare full, window, "
+            "streaming and adms"
+        )
 
 
 @contextlib.contextmanager
@@ -221,6 +232,8 @@ def simulated(
     family = find_family(model)
     decoder = family.decoder(model)
     kinds = family.kinds(decoder)
+    for attention in family.attentions(decoder):
+        _require_interface(attention)
     if any(kind.plain is not None for kind in kinds):
         raise UnsupportedModelError("baseline methods do not cover models with sliding windows")
     itemsize = adms.binding_for_use.dtype.itemsize
@@ -239,17 +252,18 @@ def simulated(
     )
     if ATTENTION_NAME not in ALL_ATTENTION_FUNCTIONS:
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention)
-    before = compat.get_attention(decoder.config)
+    settings: Any = decoder.config
+    before = compat.get_attention(settings)
     hooks = [
         attention.register_forward_pre_hook(_hand_over_unrotated, with_kwargs=True)
         for attention in family.attentions(decoder)
     ]
     token = _ACTIVE.set(cache)
-    compat.set_attention(decoder.config, ATTENTION_NAME)
+    compat.set_attention(settings, ATTENTION_NAME)
     try:
         yield cache
     finally:
-        compat.set_attention(decoder.config, before)
+        compat.set_attention(settings, before)
         _ACTIVE.reset(token)
         for hook in hooks:
             hook.remove()

@@ -25,9 +25,7 @@ def plot_recall(path: Path, rows: Sequence[Row], *, title: str) -> None:
     down = -(-len(panels) // across)
     width = 1.2 + max(1.3, 0.65 * len(lengths)) * across
     height = 0.6 + (0.8 + 0.36 * len(depths)) * down
-    with figure(
-        path, down, across, figsize=(width, height), sharex=True, sharey=True, squeeze=False
-    ) as axes:
+    with figure(path, down, across, figsize=(width, height), sharey=True, squeeze=False) as axes:
         for axis in axes.flat[len(panels) :]:
             axis.set_visible(False)
         for axis, panel in zip(axes.flat, panels, strict=False):
