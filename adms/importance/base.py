@@ -24,12 +24,14 @@ class Evidence:
             compressor folds several tokens into one.
         key_spread: ``[B]`` mean squared distance of a key from the mean, all heads together.
         value_spread: ``[B]`` the same of values.
+        block_tokens: tokens that were coded together.
     """
 
     queries: torch.Tensor | None
     decoded: Entries
     key_spread: torch.Tensor
     value_spread: torch.Tensor
+    block_tokens: int = 1
 
 
 # Entries and evidence -> scores [B, N], higher is more important.
