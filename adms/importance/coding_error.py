@@ -21,7 +21,7 @@ def coding_error(entries: Entries, evidence: Evidence) -> torch.Tensor:
         error = (exact.float() - coded.float()).square().sum((1, 3))
         return error / spread[:, None].clamp(min=1e-12)
 
-    decoded = representatives(entries, evidence.decoded)
+    decoded = representatives(entries, evidence.decoded, evidence.block_tokens)
     keys = relative(entries.keys, decoded.keys, evidence.key_spread)
     values = relative(entries.values, decoded.values, evidence.value_spread)
     return keys + VALUE_WEIGHT * values
