@@ -312,7 +312,8 @@ class MiddleTier:
         queries: torch.Tensor | None,
     ) -> Evidence:
         decoded = self._coder.decode(header, records)
-        return Evidence(queries, decoded, *self._store.spreads(landmark_header))
+        spreads = self._store.spreads(landmark_header)
+        return Evidence(queries, decoded, *spreads, self._coder.block_tokens)
 
     def _landmark_write(
         self,
