@@ -195,7 +195,7 @@ def _install(model: nn.Module, family: Family) -> Installation:
             installation.undo.append(_install_attention(decoder))
         installation.undo.append(_install_forward(decoder))
         _DECODERS[decoder] = installation
-        installation.undo.append(partial(_DECODERS.pop, decoder, None))
+        installation.undo.append(partial(_forget_decoder, weakref.ref(decoder)))
         if hasattr(model, "generate"):
             installation.undo.append(bind_method(model, "generate", _generate))
     except BaseException:
@@ -212,6 +212,12 @@ def _install(model: nn.Module, family: Family) -> Installation:
 def _registered_name(base: str) -> str:
     # transformers treats names with "flash" in them as flash attention with its own masks.
     return "adms_" + base.replace("flash", "fa")
+
+
+def _forget_decoder(decoder_key: weakref.ReferenceType[nn.Module]) -> None:
+    decoder = decoder_key()
+    if decoder is not None:
+        _DECODERS.pop(decoder, None)
 
 
 def _install_attention(decoder: nn.Module) -> Undo:

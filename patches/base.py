@@ -6,6 +6,7 @@ Shapes: ``B`` rows, ``H`` query heads, ``Q`` new tokens, ``N`` entries, ``D`` he
 import copy
 import sys
 import types
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -208,13 +209,23 @@ def bind_method(owner: nn.Module, name: str, function: Callable[..., Any]) -> Un
     place = aside if aside in places and aside in owner.__dict__ else name
     before = owner.__dict__.get(place)
     owner.__dict__[place] = types.MethodType(function, owner)
+    # What undoes it is kept for as long as the owner lives, so it must not keep the owner alive.
+    before_function = getattr(before, "__func__", None)
+    if before_function is not None and getattr(before, "__self__", None) is owner:
+        before = None
+    owner_key = weakref.ref(owner)
 
     def undo() -> None:
+        owner = owner_key()
+        if owner is None:
+            return
         # accelerate may have come or gone since, and our method with it.
         for spot in places:
             if getattr(owner.__dict__.get(spot), "__func__", None) is not function:
                 continue
-            if before is not None:
+            if before_function is not None and before is None:
+                owner.__dict__[spot] = types.MethodType(before_function, owner)
+            elif before is not None:
                 owner.__dict__[spot] = before
             elif spot == name:
                 del owner.__dict__[spot]
