@@ -120,7 +120,9 @@ class QuantizedCoder(Coder):
     def _decode(self, records: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
         size, heads = mean.shape[2], self.shape.num_heads
         per_head = records.unflatten(2, (heads, -1)).transpose(1, 2)
-        gain = per_head[..., -2:].contiguous().view(torch.float16).float()
+        # Not contiguous(): that is no copy for a single gain, which may start at an odd byte.
+        gain = per_head[..., -2:].clone(memory_format=torch.contiguous_format)
+        gain = gain.view(torch.float16).float()
         code = per_head[..., :-2].unflatten(3, (-1, self.stages)).long()
         books = codebooks_on(records.device)[: self.stages]
         offset = torch.arange(self.stages, device=records.device) * WORDS
