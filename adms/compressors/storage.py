@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from adms.compressors.base import pack, unpack
+from adms.compressors.base import as_bytes, pack, unpack
 from adms.compressors.quantized import QuantizedCoder
 from adms.entries import Entries, TokenShape
 
@@ -143,8 +143,10 @@ def _weight_bytes(entries: Entries) -> torch.Tensor:
     if entries.log_weight is None:
         raise RuntimeError("entries to store have no log-weights")
     weights = entries.log_weight.float().clamp(ABSENT, -ABSENT).half()
-    return weights.transpose(1, 2).contiguous().view(torch.uint8)
+    return as_bytes(weights.transpose(1, 2))
 
 
 def _read_weights(data: torch.Tensor) -> torch.Tensor:
-    return data.contiguous().view(torch.float16).float().transpose(1, 2)
+    # Not contiguous(): that is no copy for a single entry, which may start at an odd byte.
+    whole = data.clone(memory_format=torch.contiguous_format)
+    return whole.view(torch.float16).float().transpose(1, 2)
