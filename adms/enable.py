@@ -153,7 +153,7 @@ def enable_streaming_llm(
             raise ADMSTypeError(
                 f"enable_streaming_llm has no {name}; use enable_adms_llm for a middle tier"
             )
-    sizes = {"start_size": start_size, "recent_size": recent_size}
+    sizes: dict[str, Any] = {"start_size": start_size, "recent_size": recent_size}
     return enable_adms_llm(
         model, **sizes, compressed_budget=0, enable_dynamic_sink=False, **parameters
     )

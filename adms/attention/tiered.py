@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from adms.attention.grouped import grouped_attention
-from adms.attention.sparse_prefill import Blocks, attend_sparsely, cut_blocks
+from adms.attention.sparse_prefill import attend_sparsely
+from adms.attention.sparse_scores import Blocks, cut_blocks
 from adms.binding import PositionScheme
 from adms.cache import ADMSKVCache, ADMSLayer
 from adms.entries import Entries
@@ -128,9 +129,7 @@ def _parts(
     parts = []
     start, stop = view.exact_slice
     if stop > start:
-        entries = Entries(
-            layer.exact.keys[:, :, start:stop], layer.exact.values[:, :, start:stop]
-        )
+        entries = Entries(layer.exact.keys[:, :, start:stop], layer.exact.values[:, :, start:stop])
         positions, tables = _shared(
             view,
             "exact",
@@ -170,9 +169,7 @@ def _middle_parts(
     if view.forgotten is not None:
         remembered = middle.tokens >= view.forgotten[:, None]
         known = remembered if known is None else known & remembered
-    positions, tables = _shared(
-        view, "middle", geometry, lambda: middle.positions, scheme, like
-    )
+    positions, tables = _shared(view, "middle", geometry, lambda: middle.positions, scheme, like)
     parts = [Part(_with_valid(entries, known, like.device), positions, tables)]
     if geometry.landmarks and any(geometry.is_coded(total) for total in totals):
         marks, marked = layer.middle.landmarks(totals)
@@ -202,9 +199,7 @@ def _with_valid(entries: Entries, valid: torch.Tensor | None, device: torch.devi
     )
 
 
-def landmark_positions(
-    tokens: torch.Tensor, middle: MiddleView, view: ForwardView
-) -> torch.Tensor:
+def landmark_positions(tokens: torch.Tensor, middle: MiddleView, view: ForwardView) -> torch.Tensor:
     """Cache positions ``[B, L]`` of landmarks at text positions ``tokens``.
 
     One whose code is still held takes the code's place. Older ones share the span set aside
@@ -212,7 +207,8 @@ def landmark_positions(
     """
     device = tokens.device
     sink = view.sizes.sink
-    first, span = middle.landmark_first.to(device)[:, None], middle.landmark_span.to(device)[:, None]
+    first = middle.landmark_first.to(device)[:, None]
+    span = middle.landmark_span.to(device)[:, None]
     scale = middle.scale.to(device)[:, None]
     if view.text_positions:
         return tokens.clamp(min=0).float()
@@ -254,9 +250,7 @@ def _bias(
     return view.shared[key]  # type: ignore[return-value]
 
 
-def _masks(
-    view: ForwardView, parts: list[Part], device: torch.device
-) -> list[torch.Tensor | None]:
+def _masks(view: ForwardView, parts: list[Part], device: torch.device) -> list[torch.Tensor | None]:
     """Which entries of each part hold something, ``[B or 1, K or 1, N]``; None where all do."""
     masks: list[torch.Tensor | None] = []
     for part in parts:
@@ -318,11 +312,8 @@ def _make_bias(
     masks = _masks(view, parts, device)
     alone = len(parts) == 1
     fresh: torch.Tensor | None = None
-    if not view.in_ring:
-        if alone and view.column_valid is None:
-            fresh = None
-        else:
-            fresh = _causal(view, device)
+    if not view.in_ring and not (alone and view.column_valid is None):
+        fresh = _causal(view, device)
     # Landmarks differ between rows even where everything else agrees.
     most = max(part.positions.shape[0] for part in parts)
     positions = [part.positions.expand(most, -1) for part in parts]
@@ -330,8 +321,11 @@ def _make_bias(
     dtype = query.dtype if slope is None else slope.dtype
     lowest = max(torch.finfo(query.dtype).min, torch.finfo(dtype).min)
     weights = [part.entries.log_weight for part in parts]
-    if all(mask is None for mask in masks) and fresh is None and slope is None and not any(
-        weight is not None for weight in weights
+    if (
+        all(mask is None for mask in masks)
+        and fresh is None
+        and slope is None
+        and not any(weight is not None for weight in weights)
     ):
         return None
     if fresh is None and not view.in_ring:
