@@ -18,6 +18,9 @@ from torch.nn.functional import pad
 # A row is summed afresh once its accumulated rounding could exceed this many unit roundoffs of its
 # own sum: 4096 * 1.1e-16 = 4.5e-13 in float64, with 1e-12 promised.
 _DRIFT_LIMIT = 4096.0
+# Roundings that a term of the sums takes on its way in or out: of its exponential (2 units at
+# most), its product, its sum with the other terms exchanged, and of the sum of those.
+_TERM_ROUNDINGS = 5.0
 
 
 class Entries(NamedTuple):
@@ -102,13 +105,12 @@ def exchanged(
     shrink = torch.exp(top - higher)
     weights = torch.cat([-torch.exp(old_scores - higher), torch.exp(new_scores - higher)], -1)
     before = sums * shrink
-    width = before.shape[-1]
-    after = torch.baddbmm(
-        before.reshape(-1, *before.shape[-2:]),
-        weights.reshape(-1, *weights.shape[-2:]),
-        torch.cat([old_summands, new_summands], -2).reshape(-1, 2 * new_summands.shape[-2], width),
-    ).view(before.shape)
-    passed = before[..., -2:].abs() + after[..., -2:].abs()
+    summands = torch.cat([old_summands, new_summands], -2)
+    # Added in one step, so that what is rounded at the size of the sums is rounded once.
+    after = before + weights @ summands
+    moved = weights.abs() @ summands[..., -2:]
+    passed = after[..., -2:].abs() + _TERM_ROUNDINGS * moved
+    passed += before[..., -2:].abs() * (shrink != 1.0)
     return after, higher, drift * shrink + passed
 
 
