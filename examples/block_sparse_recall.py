@@ -50,7 +50,7 @@ def train(name: str, local_fraction: float, steps: int) -> tuple[list[float], fl
     torch.manual_seed(0)
     start = time.perf_counter()
     generator, model = torch.Generator().manual_seed(0), Recall(local_fraction)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     trainer = AdaptiveSparsityTrainer(model, 1.0, 0.1, annealing_steps=steps)
     losses = []
     for _ in range(steps):
