@@ -65,8 +65,7 @@ def test_keeping_every_block_is_dense_attention_with_padding(name: str) -> None:
     torch.testing.assert_close(actual[real], expected[real], atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("adaptive", [False, True])
-def test_keeping_every_block_of_a_coded_middle_with_landmarks(adaptive: bool) -> None:
+def test_keeping_every_block_of_a_coded_middle_with_landmarks() -> None:
     model = tiny("llama", max_position_embeddings=512)
     config = ADMSConfig(
         start_size=2,
@@ -74,7 +73,6 @@ def test_keeping_every_block_of_a_coded_middle_with_landmarks(adaptive: bool) ->
         compressed_budget=64,
         prefill_chunk_size=32,
         importance_ratio=0.2,
-        use_adaptive_budget=adaptive,
     )
     inputs = ids(2, 300)
     mask = torch.ones(2, 300, dtype=torch.long)
