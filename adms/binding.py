@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # The middle is counted at this many bytes an element, whatever dtype the model runs in.
 BUDGET_ITEMSIZE = 2
+# A code that holds fewer times as many tokens is not worth what it loses of them.
+WORTH_CODING = 2
 
 
 class PositionScheme(Protocol):
@@ -150,6 +152,16 @@ class Binding:
                 f"beyond the {limit} positions the model was trained on; use enable_pos_shift=True"
             )
 
+    @property
+    def codes_anything(self) -> bool:
+        """Whether any layer's bytes hold more tokens coded than exact."""
+        plans = [
+            self.middle_plan(index, kind.shape, self.dtype, self.sizes)
+            for index, kind in enumerate(self.kinds)
+            if kind.plain is None
+        ]
+        return any(plan is not None and plan.coder is not None for plan in plans)
+
     def middle_plan(
         self, layer_idx: int, shape: TokenShape, dtype: torch.dtype, sizes: Sizes
     ) -> MiddlePlan | None:
@@ -185,7 +197,7 @@ class Binding:
         # The landmarks start aligned, which can cost up to one step.
         left = coded_bytes - (store.nbytes + ALIGNMENT if store is not None else 0)
         coder: Coder | None = compressor.bind(context, max(0, left), config)
-        if coder is not None and coder.capacity <= tokens:
+        if coder is not None and coder.capacity < WORTH_CODING * tokens:
             coder, store = None, None
         geometry = MiddleGeometry(
             raw_tokens=tokens,

@@ -5,6 +5,7 @@ decoder splits long inputs (``streaming``), its attention modules hand over keys
 (``patches``), and the attention function registered here reads the tiers (``attention.tiered``).
 """
 
+import dataclasses
 import types
 import weakref
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from adms.binding import Binding
 from adms.cache import ADMSKVCache
 from adms.compressors import resolve_compressor
 from adms.compressors.base import LayerContext
-from adms.config import ADMSConfig, check_layer_config, config_from, resolve_sizes
+from adms.config import ADMSConfig, Sizes, check_layer_config, config_from, resolve_sizes
 from adms.entries import TokenShape
 from adms.errors import ADMSTypeError, ADMSValueError, CacheStateError
 from adms.generation import check_generate
@@ -62,26 +63,32 @@ class Installation:
         block = compressor.block_tokens(config) if compressor is not None else 1
         sizes = resolve_sizes(config, self.family.max_positions(decoder.config), block)
 
-        kinds = [*self.family.kinds(decoder), *self.family.further_kinds(decoder, sizes)]
-        if sparse_prefill is not None:
-            sparse_prefill.check_kinds(kinds)
-
         def context(layer_idx: int, shape: TokenShape, dtype: torch.dtype) -> LayerContext:
             return LayerContext(shape, dtype, layer_idx)
 
-        return Binding(
-            model_key=self.model_key,
-            config=config,
-            sizes=sizes,
-            kinds=kinds,
-            dtype=self.family.dtype(decoder),
-            compressor=compressor,
-            metric=metric,
-            block_tokens=block if sizes.interval >= block else 1,
-            is_active=lambda: self.active,
-            context=context,
-            sparse_prefill=sparse_prefill,
-        )
+        def bind(sizes: Sizes, block: int) -> Binding:
+            kinds = [*self.family.kinds(decoder), *self.family.further_kinds(decoder, sizes)]
+            if sparse_prefill is not None:
+                sparse_prefill.check_kinds(kinds)
+            return Binding(
+                model_key=self.model_key,
+                config=config,
+                sizes=sizes,
+                kinds=kinds,
+                dtype=self.family.dtype(decoder),
+                compressor=compressor,
+                metric=metric,
+                block_tokens=block,
+                is_active=lambda: self.active,
+                context=context,
+                sparse_prefill=sparse_prefill,
+            )
+
+        binding = bind(sizes, block if sizes.interval >= block else 1)
+        if sizes.budget and not binding.codes_anything:
+            # Tokens wait to be coded together; where the bytes are too few to code, none need wait.
+            binding = bind(dataclasses.replace(sizes, interval=1), 1)
+        return binding
 
 
 _INSTALLED: "weakref.WeakKeyDictionary[nn.Module, Installation]" = weakref.WeakKeyDictionary()

@@ -26,6 +26,7 @@ from adms.compressors.base import (
     unpack,
 )
 from adms.compressors.codebooks import GROUP, WORDS, codebooks_on, nearest, shipped
+from adms.compressors.quantized import DEFAULT_STAGES, QuantizedCoder
 from adms.entries import Entries
 
 if TYPE_CHECKING:
@@ -261,7 +262,7 @@ class LowRank(Compressor):
     name = "low_rank"
     parameters = frozenset({"rank", "svd_max_tokens"})
 
-    def bind(self, context: LayerContext, nbytes: int, config: "ADMSConfig") -> LowRankCoder:
+    def bind(self, context: LayerContext, nbytes: int, config: "ADMSConfig") -> Coder:
         """A coder for this layer."""
         return LowRankCoder(context, nbytes, config)
 
@@ -270,15 +271,19 @@ class Auto(LowRank):
     """``low_rank`` that codes recent tokens finely and cuts old ones to half of their code.
 
     Nothing is coded twice: the bytes come in the order of their use, so a prefix is a coarser code.
+    Where a basis would take more than half of the bytes, it is ``quantized``, which needs none.
     """
 
     name = "auto"
 
-    def bind(self, context: LayerContext, nbytes: int, config: "ADMSConfig") -> LowRankCoder:
+    def bind(self, context: LayerContext, nbytes: int, config: "ADMSConfig") -> Coder:
         """A coder for this layer."""
-        return LowRankCoder(
+        coder = LowRankCoder(
             context, nbytes, config, code_bits=AUTO_BITS, coarse_share=COARSE_SHARE
         )
+        if 2 * coder.header_bytes <= nbytes:
+            return coder
+        return QuantizedCoder(context.shape, context.dtype, DEFAULT_STAGES, nbytes=nbytes)
 
 
 register_compressor("low_rank", LowRank())
