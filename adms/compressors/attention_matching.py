@@ -1,11 +1,11 @@
 """``attention_matching``: fewer keys per block, whose weights and values are fitted to queries.
 
-A third of a block's keys stay as they are: those that queries attend to most. Their weights are
+A quarter of a block's keys stay as they are: those that queries attend to most. Their weights are
 fitted so that the block keeps its share of the attention (non-negative least squares), and their
 values so that it keeps its output (least squares). The queries are those of the pass under way,
 which came after the block, and a few that the header keeps from the time of its fit. Every second
 query is held out; where the fitted block reproduces those no better than its chosen tokens left as
-they are (plain eviction), it is the chosen tokens that are kept. Entries are stored at four bits an
+they are (plain eviction), it is the chosen tokens that are kept. Entries are stored at five bits an
 element.
 
 Shapes: ``B`` rows, ``K`` KV heads, ``R`` blocks, ``T`` tokens of a block, ``M`` entries of a block,
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from adms.config import ADMSConfig
 
 # Tokens per entry, and tokens of a block; measured (docs/middle-tier.md).
-TOKENS_PER_ENTRY = 3
-BLOCK = 63
+TOKENS_PER_ENTRY = 4
+BLOCK = 64
 # Bits an element of a stored entry.
-STAGES = 4
+STAGES = 5
 # Queries per KV head that the header keeps, and that a fit takes from a pass.
 KEPT_QUERIES = 16
 PASS_QUERIES = 96
@@ -227,7 +227,7 @@ class AttentionMatching(Compressor):
     needs_rotation = True
 
     def block_tokens(self, config: "ADMSConfig") -> int:
-        """63, or an eighth of a budget smaller than 504."""
+        """64, or an eighth of a budget smaller than 512."""
         return fitting_block(config, BLOCK, TOKENS_PER_ENTRY)
 
     def bind(self, context: LayerContext, nbytes: int, config: "ADMSConfig") -> Coder:

@@ -10,7 +10,7 @@ from adms.entries import Entries
 from adms.errors import ADMSValueError
 from tests.compressors.material import SHAPE, attend, some_queries, tokens
 
-BLOCK = 30
+BLOCK = 32
 KEPT = BLOCK // module.TOKENS_PER_ENTRY
 
 
