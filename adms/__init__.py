@@ -1,7 +1,7 @@
 """ADMS: a pretrained language model reads and writes an endless stream in bounded memory.
 
-``enable_adms_llm(model)`` returns an ``ADMSKVCache``; ``model.generate(..., past_key_values=cache)``
-does the rest.
+``enable_adms_llm(model)`` returns an ``ADMSKVCache``;
+``model.generate(..., past_key_values=cache)`` does the rest.
 """
 
 from adms.cache import ADMSKVCache

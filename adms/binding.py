@@ -53,9 +53,7 @@ class PositionScheme(Protocol):
         """
 
 
-def _rotate(
-    scheme: PositionScheme, states: torch.Tensor, positions: torch.Tensor
-) -> torch.Tensor:
+def _rotate(scheme: PositionScheme, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """States ``[B, heads, N, D]`` at positions ``[1 or B, N]``."""
     return scheme.rotate(states, scheme.tables(positions, states, positions))
 
@@ -177,9 +175,7 @@ class Binding:
             self._plans[key] = self._make_plan(self.compressor, context, sizes)
         return self._plans[key]
 
-    def _make_plan(
-        self, compressor: Compressor, context: LayerContext, sizes: Sizes
-    ) -> MiddlePlan:
+    def _make_plan(self, compressor: Compressor, context: LayerContext, sizes: Sizes) -> MiddlePlan:
         shape, dtype, config = context.shape, context.dtype, self.config
         tokens = sizes.budget - sizes.waiting
         raw = RawCoder(shape, dtype, tokens)

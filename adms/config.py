@@ -115,7 +115,7 @@ class ADMSConfig:
     @property
     def explicit(self) -> frozenset[str]:
         """Names of the parameters that were given rather than left at their defaults."""
-        return self._explicit  # type: ignore[attr-defined, no-any-return]
+        return self._explicit  # type: ignore[attr-defined]
 
     @property
     def sink_size(self) -> int:
@@ -259,9 +259,7 @@ def resolve_sizes(config: ADMSConfig, max_positions: int | None, block: int = 1)
     }
     if max_positions is not None:
         given = {
-            "sink": bool(
-                config.explicit & {"start_size", "enable_dynamic_sink", "max_seq_length"}
-            ),
+            "sink": bool(config.explicit & {"start_size", "enable_dynamic_sink", "max_seq_length"}),
             "recent": "recent_size" in config.explicit,
             "budget": "compressed_budget" in config.explicit,
             "chunk": "prefill_chunk_size" in config.explicit,
@@ -291,9 +289,7 @@ def _lower_defaults(
     floors |= {"budget": min(8, max_positions // 8), "sink": 1}
     for name in ("recent", "chunk", "budget", "sink"):
         if excess(lowered) > 0 and not given[name]:
-            lowered[name] = min(
-                lowered[name], max(floors[name], lowered[name] - excess(lowered))
-            )
+            lowered[name] = min(lowered[name], max(floors[name], lowered[name] - excess(lowered)))
     if excess(lowered) > 0:
         asked = ", ".join(f"{name} {value}" for name, value in values.items())
         raise ADMSValueError(
@@ -304,7 +300,8 @@ def _lower_defaults(
     for name in values:
         if lowered[name] != values[name]:
             logger.warning(
-                "%s resolves to %d instead of the default %d: the model was trained on %d positions",
+                "%s resolves to %d instead of the default %d: the model was trained on %d "
+                "positions",
                 _PARAMETER[name],
                 lowered[name],
                 values[name],

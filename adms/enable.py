@@ -265,7 +265,7 @@ def adms_attention(
     """
     if adms_cache is None:
         function = _base_function(module, base)
-        return function(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+        return function(module, query, key, value, attention_mask, **kwargs)
     scaling = kwargs.get("scaling")
     layer_idx: Any = module.layer_idx
     output = attend_layer(
@@ -282,7 +282,7 @@ def adms_attention(
 
 def _base_function(module: nn.Module, base: str) -> Callable[..., Any]:
     if base in ALL_ATTENTION_FUNCTIONS:
-        return ALL_ATTENTION_FUNCTIONS[base]  # type: ignore[no-any-return]
+        return ALL_ATTENTION_FUNCTIONS[base]
     return modeling_function(module, "eager_attention_forward")
 
 
@@ -316,6 +316,7 @@ def _install_forward(decoder: nn.Module) -> Undo:
 
 def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """``generate`` of an enabled model: refuses what could only go wrong silently."""
-    generate = types.MethodType(type(model).generate, model)
+    own: Any = type(model)
+    generate = types.MethodType(own.generate, model)
     check_generate(args, kwargs)
     return generate(*args, **kwargs)

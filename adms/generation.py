@@ -1,9 +1,8 @@
-"""Generation with a cache that cannot be rewound: checks for ``generate``, and ``generate_turn``."""
+"""Generation with a cache that cannot be rewound: ``generate`` checked, and ``generate_turn``."""
 
 from typing import Any
 
 import torch
-from torch import nn
 
 from adms.cache import ADMSKVCache
 from adms.errors import ADMSTypeError, ADMSValueError, CacheStateError
@@ -71,7 +70,7 @@ def check_generate(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def generate_turn(
-    model: nn.Module,
+    model: Any,
     cache: ADMSKVCache,
     new_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
@@ -110,9 +109,7 @@ def generate_turn(
     mask = torch.ones_like(new_ids) if attention_mask is None else attention_mask
     # All but the last new id go in first: transformers before 5.21 miscounts a longer input.
     if new_ids.shape[1] > 1:
-        model(
-            new_ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache, logits_to_keep=1
-        )
+        model(new_ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache, logits_to_keep=1)
     seen = cache.get_seq_length()
     # Only its width matters for what the cache has seen; padding there was never stored.
     past = torch.ones(len(new_ids), seen, dtype=mask.dtype, device=mask.device)

@@ -240,9 +240,7 @@ def test_a_cache_made_alone_binds_on_first_use() -> None:
         feed(model, random_ids(1, 5), cache)
     enabled = small_cache(model)
     ids = random_ids(1, 500)
-    torch.testing.assert_close(
-        feed(model, ids, cache), feed(model, ids, enabled), atol=0, rtol=0
-    )
+    torch.testing.assert_close(feed(model, ids, cache), feed(model, ids, enabled), atol=0, rtol=0)
     with pytest.raises(CacheStateError, match="bound to another model"):
         other = tiny_llama(seed=1)
         small_cache(other)

@@ -2,7 +2,10 @@
 
 import copy
 import gc
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,17 +134,14 @@ def test_no_cache_stays_referenced_after_an_exception() -> None:
 
 
 def test_importing_changes_nothing_in_transformers() -> None:
-    import subprocess
-    import sys
-
     code = (
         "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as a\n"
         "before = sorted(a)\n"
         "import adms\n"
         "assert sorted(a) == before, sorted(a)\n"
     )
-    root = str(__import__("pathlib").Path(adms.__file__).parents[1])
-    finder = "import sys; sys.path.insert(0, %r); import conftest\n" % root
+    root = str(Path(adms.__file__).parents[1])
+    finder = f"import sys; sys.path.insert(0, {root!r}); import conftest\n"
     subprocess.run([sys.executable, "-c", finder + code], check=True, timeout=120)
 
 

@@ -24,7 +24,9 @@ LONG: dict[str, Any] = {"max_new_tokens": 24, "min_new_tokens": 24, "pad_token_i
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{index}": index for index in range(3, VOCABULARY)}
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {
+        f"w{index}": index for index in range(3, VOCABULARY)
+    }
     tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(

@@ -243,9 +243,7 @@ def _project(transform: Transform, states: torch.Tensor) -> tuple[torch.Tensor, 
     return channels / torch.exp2(step / GAIN_STEPS), gain
 
 
-def _restore(
-    transform: Transform, channels: torch.Tensor, gain: torch.Tensor
-) -> torch.Tensor:
+def _restore(transform: Transform, channels: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
     """The inverse of ``_project`` up to what was not coded."""
     factor = torch.exp2((gain.float() - GAIN_ZERO) / GAIN_STEPS)
     scaled = transform.deviation[:, :, None] * transform.basis

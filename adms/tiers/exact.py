@@ -1,7 +1,7 @@
 """The exact tiers: sinks and the ring of recent tokens, one buffer ``[sink | ring]`` per layer.
 
-Shapes: ``B`` rows, ``K`` KV heads, ``S`` sink slots, ``C`` ring slots, ``D``/``E`` head sizes, ``M``
-moves (one per token that changes its place).
+Shapes: ``B`` rows, ``K`` KV heads, ``S`` sink slots, ``C`` ring slots, ``D``/``E`` head sizes,
+``M`` moves (one per token that changes its place).
 """
 
 from dataclasses import dataclass
@@ -105,9 +105,7 @@ def plan_moves(
         in_rings.append([token < held for token in tokens])
         slots.append([sizes.sink + token % sizes.ring for token in tokens])
         own = columns[row]
-        cols.append(
-            [own[token - seen] if 0 <= token - seen < len(own) else 0 for token in tokens]
-        )
+        cols.append([own[token - seen] if 0 <= token - seen < len(own) else 0 for token in tokens])
         to_sink = min(max(sizes.sink - first, 0), count)
         sinks += [(row, index, first + index) for index in range(to_sink)]
         middle_start.append(to_sink)
@@ -151,7 +149,9 @@ def leaving_entries(tier: ExactTier, staged: Entries | None, moves: Moves) -> En
         rows = torch.arange(ring.shape[0], device=ring.device)[:, None]
         held = ring[rows, :, moves.ring_slots]
         if fresh is not None:
-            held = torch.where(moves.from_ring[..., None, None], held, fresh[rows, :, moves.columns])
+            held = torch.where(
+                moves.from_ring[..., None, None], held, fresh[rows, :, moves.columns]
+            )
         return held.transpose(1, 2)
 
     return Entries(

@@ -9,7 +9,7 @@ codes, while still there, are masked.
 Shapes: ``B`` rows, ``K`` KV heads, ``N`` entries, ``L`` landmarks, ``D``/``E`` head sizes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -209,9 +209,7 @@ class MiddleTier:
         if stay_raw:
             entries = _window(leaving, stay_raw, starts, counts)
             records = self.plan.raw.encode(self.arena[stay_raw][:, :0], entries)
-            writes.append(
-                self._ring_write(records, stay_raw, totals, counts, self.plan.raw, 0)
-            )
+            writes.append(self._ring_write(records, stay_raw, totals, counts, self.plan.raw, 0))
         if stay_coded:
             writes += self._append(leaving, stay_coded, starts, counts, totals, sink, queries)
         # Happens once in a row's life, so a loop over rows costs nothing that matters.
@@ -402,7 +400,7 @@ class MiddleTier:
         row_index, own, record, start = self._table(moves, 4)
         return Write(row_index, start, records[own, record])
 
-    def _table(self, moves: list[tuple[int, ...]], width: int) -> torch.Tensor:
+    def _table(self, moves: Sequence[tuple[int, ...]], width: int) -> torch.Tensor:
         return torch.tensor(moves, dtype=torch.long).reshape(-1, width).T.to(self.arena.device)
 
 

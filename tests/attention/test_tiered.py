@@ -84,7 +84,9 @@ def test_one_layer_equals_dense_attention_over_decoded_entries(
         scores = query @ all_keys.repeat_interleave(2, dim=0).transpose(1, 2) / 4
         future = everything[None, :] > NEW[:, None]
         weights = scores.masked_fill(future, -torch.inf).softmax(-1)
-        mixed = (weights @ all_values.repeat_interleave(2, dim=0)).transpose(0, 1).reshape(1, 20, -1)
+        mixed = (
+            (weights @ all_values.repeat_interleave(2, dim=0)).transpose(0, 1).reshape(1, 20, -1)
+        )
         hidden = hidden + attention.o_proj(mixed)
         hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
         expected = model.lm_head(decoder.norm(hidden))
