@@ -111,18 +111,19 @@ def generate_turn(
     if new_ids.shape[1] > 1:
         model(new_ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache, logits_to_keep=1)
     seen = cache.get_seq_length()
-    # Only its width matters for what the cache has seen; padding there was never stored.
+    # A mask of the whole length tells generate that the ids are new ones alone. What it says of
+    # the past is never read: padding there was not stored.
     past = torch.ones(len(new_ids), seen, dtype=mask.dtype, device=mask.device)
     arguments.setdefault("max_new_tokens", 20)
     produced = model.generate(
-        torch.cat([new_ids.new_zeros(len(new_ids), seen), new_ids[:, -1:]], dim=1),
+        new_ids[:, -1:],
         attention_mask=torch.cat([past, mask[:, -1:]], dim=1),
         past_key_values=cache,
         **arguments,
     )
     sequences = produced if isinstance(produced, torch.Tensor) else produced.sequences
-    fresh = sequences[:, seen + 1 :]
-    missing = sequences[:, cache.get_seq_length() :]
+    fresh = sequences[:, 1:]
+    missing = sequences[:, cache.get_seq_length() - seen :]
     if missing.shape[1]:
         model(missing, past_key_values=cache, logits_to_keep=1)
     return torch.cat([new_ids, fresh], dim=1)
