@@ -11,7 +11,7 @@ Shapes: ``B`` rows, ``K`` KV heads, ``Q`` new tokens, ``D``/``E`` head sizes of 
 import contextlib
 import copy
 import os
-import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,7 +36,9 @@ from adms.tiers.undo import Undo
 from adms.tiers.window import WindowLayer
 from adms.timeline import Timeline
 
-_OWNERSHIP = threading.Lock()
+
+class _Ticket:
+    """Held by the one call that uses a cache."""
 
 
 def own_storage(states: torch.Tensor) -> torch.Tensor:
@@ -318,7 +320,7 @@ class ADMSKVCache(Cache):
         self.view: ForwardView | None = None
         self._in_flight: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self._plain_before: list[tuple[Any, dict[str, Any]]] = []
-        self._owner: object | None = None
+        self._owner: dict[str, weakref.ref[_Ticket]] = {}
         self._broken = False
 
     # --- binding ---------------------------------------------------------------------------------
@@ -372,19 +374,21 @@ class ADMSKVCache(Cache):
         Raises:
             CacheStateError: another call has it.
         """
-        ticket = object()
+        ticket = _Ticket()
+        mine = weakref.ref(ticket)
         try:
-            with _OWNERSHIP:
-                if self._owner is not None:
-                    raise CacheStateError(
-                        "this cache is in use by another call; give each thread a cache of its own"
-                    )
-                self._owner = ticket
+            # No lock, which an interrupt could leave locked: setdefault is one step. A call that
+            # an interrupt kept from giving the cache back is gone, and its ticket with it.
+            if "call" in self._owner and self._owner["call"]() is None:
+                del self._owner["call"]
+            if self._owner.setdefault("call", mine) is not mine:
+                raise CacheStateError(
+                    "this cache is in use by another call; give each thread a cache of its own"
+                )
             yield
         finally:
-            # Also right where an interrupt came before or after the line that took it.
-            if self._owner is ticket:
-                self._owner = None
+            if self._owner.get("call") is mine:
+                del self._owner["call"]
 
     def require_whole(self) -> None:
         """Raises ``CacheStateError`` where an update could neither be finished nor undone."""
@@ -394,7 +398,9 @@ class ADMSKVCache(Cache):
                 "nothing reliable; call cache.reset(), or load a session"
             )
 
-    def begin(self, batch: int, columns: int, valid: torch.Tensor | None, device: torch.device) -> None:
+    def begin(
+        self, batch: int, columns: int, valid: torch.Tensor | None, device: torch.device
+    ) -> None:
         """Opens a pass of ``columns`` tokens for every row.
 
         Args:
@@ -830,7 +836,7 @@ class ADMSKVCache(Cache):
             memo[id(self)] = twin
             for name, value in self.__dict__.items():
                 # The binding belongs to the model and is shared by all its caches.
-                shared = name == "binding"
+                shared = name in ("binding", "_owner")
                 twin.__dict__[name] = value if shared else copy.deepcopy(value, memo)
-            twin._owner = None
+            twin._owner = {}
         return twin
