@@ -149,6 +149,8 @@ class SoftmaxSums:
             self.scores[..., pending.slots] = new_scores
         lost = _lost(sums, drift)
         if lost.numel():
+            # Rows half-way there come along: one by one, each would cost a pass over all values.
+            lost = _lost(sums, drift, _DRIFT_LIMIT / 2)
             scores = None if self.scores is None else self.scores[..., lost, :]
             sums[..., lost, :], top[..., lost, :] = self._fresh(lost, entries, scores)
             drift[..., lost, :] = sums[..., lost, -2:]
@@ -209,8 +211,8 @@ class SoftmaxSums:
         return *exchanged(sums, top, drift, old_scores, new_scores, old, new), new_scores
 
 
-def _lost(sums: Tensor, drift: Tensor) -> Tensor:
+def _lost(sums: Tensor, drift: Tensor, limit: float = _DRIFT_LIMIT) -> Tensor:
     """Rows that have lost precision in any leading dimension."""
     # Negated, so that NaN counts as lost.
-    lost = ~(drift <= _DRIFT_LIMIT * sums[..., -2:]).all(-1)
+    lost = ~(drift <= limit * sums[..., -2:]).all(-1)
     return lost.reshape(-1, lost.shape[-1]).any(0).nonzero().squeeze(-1)
