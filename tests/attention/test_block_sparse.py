@@ -400,6 +400,7 @@ def test_bad_arguments_say_what_was_expected() -> None:
         AdaptiveSparsityTrainer(module, 1.0, 0.01)
 
 
+@pytest.mark.measured
 @pytest.mark.slow
 def test_recall_over_1024_tokens_beats_the_fixed_pattern() -> None:
     """The example, as it is: both patterns attend to the same share of blocks."""

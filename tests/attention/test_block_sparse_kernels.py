@@ -206,6 +206,7 @@ def test_compiled_flex_equals_gathered() -> None:
     torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.measured
 @pytest.mark.slow
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_cost_falls_with_sparsity(is_causal: bool) -> None:

@@ -318,6 +318,7 @@ def test_the_bound_is_attained_up_to_a_quarter() -> None:
     assert 0.25 * attention.error_bound().item() <= error <= attention.error_bound().item()
 
 
+@pytest.mark.measured
 @pytest.mark.slow
 def test_a_single_update_is_twenty_times_cheaper_than_recomputing() -> None:
     """Best of several, float32 inputs, n = 4096, d = 64, against float32 SDPA."""
