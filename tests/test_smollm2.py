@@ -10,7 +10,13 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from adms import disable_adms, enable_adms_llm, enable_streaming_llm
 
-pytestmark = [pytest.mark.slow, pytest.mark.smollm2, pytest.mark.assets]
+# Some twelve thousand tokens through the model a test: minutes on two cores.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.smollm2,
+    pytest.mark.assets,
+    pytest.mark.timeout(1800),
+]
 # The default apart from the three sizes; StreamingLLM gets the same bytes.
 SIZES = {"start_size": 4, "compressed_budget": 252, "recent_size": 256}
 CHUNK = 64
