@@ -283,7 +283,8 @@ def write_folder(
     )
     arguments = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in options.items())
     (out / "report.md").write_text(
-        f"# Soak\n\n`python scripts/soak.py {arguments}`\n\n| what | value |\n|---|---|\n{shown}\n\n"
+        f"# Soak\n\n`python scripts/soak.py {arguments}`\n\n"
+        f"| what | value |\n|---|---|\n{shown}\n\n"
         "Step times compare medians of single steps; CPU time leaves out waiting for other "
         "processes. `old over young` takes turns between a fresh cache and the soaked one.\n\n"
         "![soak](plots/soak.png)\n"
@@ -339,7 +340,8 @@ def main() -> int:
         for name, holds in (
             ("loss is finite", found["losses_not_finite"] == 0),
             ("memory flat within 1%", found["memory_last_half_spread_percent"] <= 1),
-            ("step time within 5%", abs(found["step_cpu_last_tenth_over_first"] - 1) <= 0.05),
+            # In turns, since a machine that others use changes its speed during the run.
+            ("step time within 5%", abs(found["old_over_young"] - 1) <= 0.05),
         )
         if not holds
     ]

@@ -2,7 +2,7 @@
 
 import typer
 
-from adms.cli import bench, evaluate, inspect, passkey, report
+from adms.cli import bench, chat, evaluate, inspect, passkey, report, stream
 
 app = typer.Typer(
     name="adms",
@@ -19,3 +19,5 @@ app.command("report")(report.main)
 app.command("bench")(bench.main)
 app.command("passkey")(passkey.main)
 app.command("inspect")(inspect.main)
+app.command("chat")(chat.chat)
+app.command("stream")(stream.stream)
