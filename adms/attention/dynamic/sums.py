@@ -104,13 +104,12 @@ def exchanged(
     higher = torch.maximum(top, new_scores.amax(-1, keepdim=True))
     shrink = torch.exp(top - higher)
     weights = torch.cat([-torch.exp(old_scores - higher), torch.exp(new_scores - higher)], -1)
-    before = sums * shrink
     summands = torch.cat([old_summands, new_summands], -2)
     # Added in one step, so that what is rounded at the size of the sums is rounded once.
-    after = before + weights @ summands
+    after = (weights @ summands).addcmul_(sums, shrink)
     moved = weights.abs() @ summands[..., -2:]
     passed = after[..., -2:].abs() + _TERM_ROUNDINGS * moved
-    passed += before[..., -2:].abs() * (shrink != 1.0)
+    passed += (sums[..., -2:] * shrink).abs() * (shrink != 1.0)
     return after, higher, drift * shrink + passed
 
 
