@@ -307,6 +307,8 @@ class ADMSKVCache(Cache):
         ADMSTypeError: ``config`` is no ``ADMSConfig``.
     """
 
+    layers: list[Any]
+
     def __init__(self, config: ADMSConfig | None = None) -> None:
         if config is not None and not isinstance(config, ADMSConfig):
             raise ADMSTypeError(
@@ -779,7 +781,7 @@ class ADMSKVCache(Cache):
             CacheStateError: always.
         """
         raise CacheStateError(
-            "an ADMSKVCache cannot be cropped, since evicted tokens are gone; for assisted decoding "
+            "an ADMSKVCache cannot be cropped, since what left it is gone; for assisted decoding "
             "or prompt lookup use DynamicCache, or copy.deepcopy(cache) before the tokens to undo"
         )
 

@@ -132,9 +132,7 @@ class RawCoder(Coder):
         self, header: torch.Tensor, entries: Entries, queries: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The bytes of keys, then values, token by token."""
-        keys, values = (
-            part.transpose(1, 2).flatten(2) for part in (entries.keys, entries.values)
-        )
+        keys, values = (part.transpose(1, 2).flatten(2) for part in (entries.keys, entries.values))
         return torch.cat([keys, values], dim=2).view(torch.uint8)
 
     def decode(self, header: torch.Tensor, records: torch.Tensor) -> Entries:

@@ -150,12 +150,11 @@ class SimpleCoder(MergingCoder):
             raise ADMSTypeError(f"{expected}, got {type(result).__name__}")
         new_keys, new_values = result[0].float(), result[1].float()
         count = new_keys.shape[1] if new_keys.dim() == 3 else 0
-        wanted = [
-            (states.shape[0], count, states.shape[2]) for states in (keys, values)
-        ]
-        if not 1 <= count < keys.shape[1] or [
-            tuple(part.shape) for part in (new_keys, new_values)
-        ] != wanted:
+        wanted = [(states.shape[0], count, states.shape[2]) for states in (keys, values)]
+        if (
+            not 1 <= count < keys.shape[1]
+            or [tuple(part.shape) for part in (new_keys, new_values)] != wanted
+        ):
             raise ADMSValueError(
                 f"{expected}, got {tuple(new_keys.shape)} and {tuple(new_values.shape)}"
             )

@@ -87,9 +87,7 @@ def kmeans(
         farthest = (features - own).square().sum(2).argsort(dim=1, descending=True, stable=True)
         empty = sizes[..., 0] == 0
         rank = (empty.long().cumsum(1) - 1).clamp(min=0)
-        taken = features.gather(
-            1, farthest.gather(1, rank)[..., None].expand(-1, -1, size)
-        )
+        taken = features.gather(1, farthest.gather(1, rank)[..., None].expand(-1, -1, size))
         centroids = torch.where(empty[..., None], taken, centroids)
         index = assign(features, centroids)
     return index

@@ -98,18 +98,14 @@ def code(name: str, parts: list[Entries], queries: list[torch.Tensor], budget: i
         return Coded(None, _last(batch, budget), budget)
     block = coder.block_tokens
     held = min(coder.capacity, count) // block * block
-    header = torch.cat(
-        [coder.fit(part, query) for part, query in zip(parts, queries, strict=True)]
-    )
+    header = torch.cat([coder.fit(part, query) for part, query in zip(parts, queries, strict=True)])
     records = coder.encode(header, _last(batch, held), torch.cat(queries))
     old = max(0, held // block - coder.num_records)
     whole = coder.decode(header, records[:, old:])
     if not old:
         return Coded(coder, whole, held)
     cut = coder.decode(header, records[:, :old, : coder.coarse_bytes])
-    joined = Entries(
-        torch.cat([cut.keys, whole.keys], 2), torch.cat([cut.values, whole.values], 2)
-    )
+    joined = Entries(torch.cat([cut.keys, whole.keys], 2), torch.cat([cut.values, whole.values], 2))
     return Coded(coder, joined, held)
 
 

@@ -85,9 +85,7 @@ def merged(coder: MergingCoder, entries: Entries, queries: torch.Tensor | None) 
 def test_an_entry_for_three_equal_tokens_is_three_tokens() -> None:
     """log 3 equals three duplicates, whatever the queries are."""
     distinct = tokens(0, 4)
-    copies = Entries(
-        distinct.keys.repeat_interleave(3, 2), distinct.values.repeat_interleave(3, 2)
-    )
+    copies = Entries(distinct.keys.repeat_interleave(3, 2), distinct.values.repeat_interleave(3, 2))
     entries = merged(vq_coder(12, 4), copies, some_queries(0))
     torch.testing.assert_close(entries.log_weight, torch.full((1, 2, 4), math.log(3)))
     for seed in range(5):
