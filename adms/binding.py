@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # The middle is counted at this many bytes an element, whatever dtype the model runs in.
 BUDGET_ITEMSIZE = 2
 # A code that holds fewer times as many tokens is not worth what it loses of them.
-WORTH_CODING = 2
+WORTH_CODING = 1.5
 
 
 class PositionScheme(Protocol):
