@@ -34,7 +34,7 @@ def assets_gap() -> str | None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("measured") and not os.environ.get("ADMS_MEASURE"):
-        pytest.skip("a figure of time or of training, run by hand with ADMS_MEASURE=1")
+        pytest.skip("a long run or a figure of time or training, by hand with ADMS_MEASURE=1")
     if item.get_closest_marker("assets"):
         gap = assets_gap()
         if gap:

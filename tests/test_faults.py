@@ -188,6 +188,7 @@ def test_an_interrupt_at_any_line(age: int, count: int) -> None:
     assert interrupts(llama(), age, text(count, seed=5), iter(range(1, 100_000, 23))) > 5
 
 
+@pytest.mark.measured
 @pytest.mark.slow
 @pytest.mark.parametrize(("age", "count"), [(60, 30), (200, 32), (207, 1)])
 def test_an_interrupt_at_every_line(age: int, count: int) -> None:
