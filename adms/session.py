@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from adms import session_file
-from adms.cache import ADMSKVCache, ADMSLayer
+from adms.cache import ADMSKVCache
 from adms.config import ADMSConfig, Sizes
 from adms.enable import disable_adms, enable_adms_llm, is_enabled
 from adms.errors import ADMSError, ADMSTypeError, ADMSValueError, SessionFileError
@@ -27,6 +27,7 @@ from adms.fingerprint import (
     sample_weights,
     weights_differ,
 )
+from adms.layer import ADMSLayer
 from adms.patches import find_family
 from adms.tiers.convert import convert_arena
 from adms.tiers.middle import MiddlePlan

@@ -19,7 +19,7 @@ from adms import (
     enable_adms_llm,
     enable_streaming_llm,
 )
-from adms.cache import ADMSLayer
+from adms.layer import ADMSLayer
 from tests.streams import feed, random_ids, reachable_bytes, small_cache, tiny_llama
 
 

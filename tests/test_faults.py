@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import adms
-from adms.cache import ADMSLayer
 from adms.compressors.low_rank import LowRankCoder
+from adms.layer import ADMSLayer
 from adms.tiers.middle import MiddleTier
 from adms.tiers.undo import Undo
 from tests.patches.tiny import WINDOWED, ids, tiny
@@ -126,7 +126,13 @@ def test_a_long_call_keeps_the_chunks_before_the_fault(monkeypatch: pytest.Monke
     goes_on(model, cache, twin)
 
 
-OWN_FILES = ("adms/cache.py", "adms/streaming.py", "adms/tiers/", "adms/positions.py")
+OWN_FILES = (
+    "adms/cache.py",
+    "adms/layer.py",
+    "adms/streaming.py",
+    "adms/tiers/",
+    "adms/positions.py",
+)
 
 
 class InterruptAt:

@@ -16,8 +16,9 @@ from adms.attention.grouped import grouped_attention
 from adms.attention.sparse_prefill import attend_sparsely
 from adms.attention.sparse_scores import Blocks, cut_blocks
 from adms.binding import PositionScheme
-from adms.cache import ADMSKVCache, ADMSLayer
+from adms.cache import ADMSKVCache
 from adms.entries import Entries
+from adms.layer import ADMSLayer
 from adms.positions import ForwardView, MiddleGeometry, MiddleView
 
 

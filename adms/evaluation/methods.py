@@ -13,11 +13,12 @@ from typing import Any
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from adms.cache import ADMSKVCache, ADMSLayer
+from adms.cache import ADMSKVCache
 from adms.config import ADMSConfig
 from adms.enable import enable_adms_llm, enable_streaming_llm
 from adms.errors import ADMSError, ADMSValueError
 from adms.evaluation.baselines import POLICIES, open_policy
+from adms.layer import ADMSLayer
 from adms.patches import find_family
 
 ADMS, STREAMING, FULL, WINDOW = "adms", "streaming", "full", "window"

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from adms.cache import ADMSKVCache, ADMSLayer
+from adms.cache import ADMSKVCache
+from adms.layer import ADMSLayer
 from tests.streams import feed, random_ids, small_cache, tiny_llama
 
 
