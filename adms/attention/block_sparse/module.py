@@ -21,6 +21,7 @@ from adms.attention.block_sparse.layout import BlockLayout, Budget, block_budget
 from adms.attention.block_sparse.scorer import (
     BudgetPredictor,
     ImportanceScorer,
+    block_mean_squares,
     first_of_blocks,
     summarize_blocks,
 )
@@ -208,7 +209,7 @@ class BlockSparseAdaptive(nn.Module):
         of_keys = summarize_blocks(k, size)
         factor = 1.0 + torch.zeros_like(of_queries[..., 0])
         if self.budget is not None:
-            squares = summarize_blocks(k.square().mean(-1, keepdim=True), size)
+            squares = block_mean_squares(k, size)
             needed = self.budget(of_queries, of_keys, squares, budget.candidates)
             factor = 1.0 + config.budget_range * needed
         scores = self.scorer(of_queries, of_keys, budget.candidates)
