@@ -18,6 +18,7 @@ from adms.entries import TokenShape
 from adms.errors import CacheStateError
 from adms.importance import Metric
 from adms.positions import MiddleGeometry
+from adms.tiers.head_landmarks import HeadLandmarkStore
 from adms.tiers.landmarks import ALIGNMENT, LandmarkStore
 from adms.tiers.middle import MiddlePlan
 from adms.timeline import Timeline
@@ -184,9 +185,10 @@ class Binding:
         # Counted like everything of the middle, at two bytes an element whatever the dtype.
         store = None
         if config.importance_ratio > 0:
-            store = LandmarkStore.within(shape, dtype, int(coded_bytes * config.importance_ratio))
+            kind = HeadLandmarkStore if config.use_adaptive_budget else LandmarkStore
+            store = kind.within(shape, dtype, int(coded_bytes * config.importance_ratio))
             if store.count < config.min_importance_tokens:
-                least = LandmarkStore(shape, dtype, config.min_importance_tokens)
+                least = kind(shape, dtype, config.min_importance_tokens)
                 # At most half, so that a small budget still codes something.
                 store = least if least.nbytes <= coded_bytes // 2 else store
             store = store if store.count else None

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-from adms.budget import select_landmarks
 from adms.compressors.base import Coder, RawCoder
 from adms.config import ADMSConfig
 from adms.entries import Entries, TokenShape
-from adms.importance import Evidence, Metric, needs_queries
+from adms.importance import Metric, needs_queries
 from adms.positions import MiddleGeometry
-from adms.tiers.landmarks import ALIGNMENT, Landmarks, LandmarkStore
+from adms.tiers.landmarks import Candidates, LandmarkStore, aligned
 from adms.tiers.undo import Undo
 
 
@@ -61,7 +60,7 @@ class MiddlePlan:
         """Where the landmarks start in a coded row's bytes."""
         if self.coder is None:
             return 0
-        return -(-self.coder.nbytes // ALIGNMENT) * ALIGNMENT
+        return aligned(self.coder.nbytes)
 
 
 @dataclass(frozen=True)
@@ -148,6 +147,8 @@ class MiddleTier:
 
     def landmarks(self, totals: list[int]) -> tuple[Entries, torch.Tensor]:
         """Entries of the landmarks ``[B, K, L, ...]`` and their text positions ``[B, L]``.
+
+        Where heads choose their own, ``valid [B, K, L]`` says whose each is.
 
         Args:
             totals: tokens that have entered the middle, per row; rows not coded yet have none.
@@ -253,13 +254,9 @@ class MiddleTier:
             count = torch.tensor([counts[row] for row in rows], device=self.arena.device)
             tokens = torch.where(span < count[:, None], first[:, None] + span, -1)
             present = self._landmark_bytes(rows)
+            arriving = self._candidates(header, records, entries, tokens, own_queries)
             landmark_header = present[:, : self._store.header_bytes]
-            evidence = self._evidence(header, records, landmark_header, own_queries)
-            writes.append(
-                self._landmark_write(
-                    rows, entries, tokens, evidence, landmark_header, self._store.read(present)
-                )
-            )
+            writes.append(self._landmark_write(rows, landmark_header, present, arriving))
         return writes
 
     def _turn(
@@ -292,61 +289,38 @@ class MiddleTier:
         ]
         if self.plan.store is not None:
             tokens = sink + torch.arange(size, device=self.arena.device)[None]
-            landmark_header = self._store.fit(entries)
+            candidates = self._candidates(header, records, entries, tokens, own_queries)
+            landmark_header = self._store.fit(candidates)
             writes.append(
                 Write(index, torch.full_like(index, self.plan.landmark_offset), landmark_header)
             )
-            evidence = self._evidence(header, records, landmark_header, own_queries)
-            writes.append(
-                self._landmark_write([row], entries, tokens, evidence, landmark_header, None)
-            )
+            writes.append(self._landmark_write([row], landmark_header, None, candidates))
         return writes
 
-    def _evidence(
+    def _candidates(
         self,
         header: torch.Tensor,
         records: torch.Tensor,
-        landmark_header: torch.Tensor,
+        entries: Entries,
+        tokens: torch.Tensor,
         queries: torch.Tensor | None,
-    ) -> Evidence:
-        decoded = self._coder.decode(header, records)
-        spreads = self._store.spreads(landmark_header)
-        return Evidence(queries, decoded, *spreads, self._coder.block_tokens)
+    ) -> Candidates:
+        coder = self._coder
+        decoded = coder.decode(header, records)
+        return Candidates(entries, tokens, decoded, coder.block_tokens, queries)
 
     def _landmark_write(
         self,
         rows: list[int],
-        entries: Entries,
-        tokens: torch.Tensor,
-        evidence: Evidence,
         header: torch.Tensor,
-        present: Landmarks | None,
+        present: torch.Tensor | None,
+        arriving: Candidates,
     ) -> Write:
-        """The landmarks among ``entries`` and those ``present``, as bytes to put in place."""
-        store, config = self._store, self.plan.config
-        scores = self.plan.metric(entries, evidence).float()
-        records = store.coder.encode(store.means(header), entries)
-        if present is not None:
-            records = torch.cat([present.records, records], dim=1)
-            tokens = torch.cat([present.tokens, tokens], dim=1)
-            scores = torch.cat([present.scores, scores], dim=1)
-        missing = store.count - tokens.shape[1]
-        if missing > 0:
-            records = torch.nn.functional.pad(records, (0, 0, 0, missing))
-            tokens = torch.nn.functional.pad(tokens, (0, missing), value=-1)
-            scores = torch.nn.functional.pad(scores, (0, missing))
-        chosen = select_landmarks(
-            scores,
-            tokens,
-            store.count,
-            segments=config.coverage_segments,
-            priority=config.coverage_priority,
-        )
-        own = torch.arange(chosen.shape[0], device=chosen.device)[:, None]
-        landmarks = Landmarks(records[own, chosen], tokens[own, chosen], scores[own, chosen])
+        """The landmarks among tokens that arrive and those present, as bytes to put in place."""
+        data = self._store.update(header, present, arriving, self.plan.metric, self.plan.config)
         index = torch.tensor(rows, device=self.arena.device)
-        start = torch.full_like(index, self.plan.landmark_offset + store.header_bytes)
-        return Write(index, start, store.slots(landmarks))
+        start = torch.full_like(index, self.plan.landmark_offset + self._store.header_bytes)
+        return Write(index, start, data)
 
     def _record_writes(
         self, records: torch.Tensor, rows: list[int], totals: list[int], counts: list[int]

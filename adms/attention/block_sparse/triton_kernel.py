@@ -103,10 +103,14 @@ def attend_blocks(
 
 def _tiles(block_size: int, size: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """Queries and keys of a tile, warps, and stages of the pipeline that loads keys."""
-    if dtype == torch.float32 or size > 128:
-        return min(block_size, 64), min(block_size, 32), 4, 2
+    # The fastest of those tried on an H100.
     rows = min(block_size, 128)
-    return rows, min(block_size, 64), 8 if rows * size >= 128 * 128 else 4, 3
+    if size > 128:
+        return min(block_size, 64), min(block_size, 16 if dtype == torch.float32 else 32), 4, 2
+    warps = 8 if rows == 128 else 4
+    if dtype == torch.float32:
+        return rows, min(block_size, 64 if size <= 64 else 32), warps, 2
+    return rows, min(block_size, 64), *((warps, 3) if size <= 64 else (4, 2))
 
 
 @triton.jit
