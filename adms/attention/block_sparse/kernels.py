@@ -5,6 +5,7 @@ Shapes: `B` batch, `H` query heads, `K` KV heads (H a multiple of K), `Q` querie
 queries are the last `Q` of the `N` positions.
 """
 
+import functools
 import importlib.util
 import math
 from typing import Literal
@@ -137,13 +138,18 @@ def _triton_misfit(
     inputs = [q, k, v] + ([] if key_bias is None else [key_bias])
     if not q.is_cuda:
         return f"CUDA tensors, got q on {q.device}"
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "the package triton, which is not installed"
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return "inputs without gradients; call it under torch.no_grad()"
     from adms.attention.block_sparse.triton_kernel import misfit
 
     return misfit(q, k, v, block_size)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _gathered(

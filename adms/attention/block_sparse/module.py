@@ -18,7 +18,7 @@ from adms.attention.block_sparse.kernels import (
     block_sparse_attention,
     soft_block_attention,
 )
-from adms.attention.block_sparse.layout import BlockLayout, Budget, block_budget
+from adms.attention.block_sparse.layout import BlockLayout, Budget, block_budget, check_levels
 from adms.attention.block_sparse.replay import Replay
 from adms.attention.block_sparse.scorer import (
     BudgetPredictor,
@@ -74,7 +74,7 @@ class BlockSparseAdaptive(nn.Module):
             raise ADMSTypeError(
                 f"adaptive_config must be an AdaptiveConfig, got {type(config).__name__}"
             )
-        _check_levels(segment_lengths, dilation_rates, config.block_size)
+        check_levels(segment_lengths, dilation_rates, config.block_size)
         if num_heads < 1 or head_dim < 1:
             raise ADMSValueError(
                 f"num_heads and head_dim must be at least 1, got {num_heads} and {head_dim}"
@@ -293,17 +293,3 @@ class BlockSparseAdaptive(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what can be neither copied nor pickled: graphs of either kind."""
         return {**self.__dict__, "_density": None, "_replay": Replay()}
-
-
-def _check_levels(segments: Sequence[int], rates: Sequence[int], block_size: int) -> None:
-    if len(segments) != len(rates) or not segments:
-        raise ADMSValueError(
-            f"segment_lengths and dilation_rates must have as many entries, at least one, got "
-            f"{list(segments)} and {list(rates)}"
-        )
-    if any(length < 1 or length % block_size for length in segments):
-        raise ADMSValueError(
-            f"segment_lengths must be multiples of block_size {block_size}, got {list(segments)}"
-        )
-    if any(rate < 1 for rate in rates):
-        raise ADMSValueError(f"dilation_rates must be at least 1, got {list(rates)}")
