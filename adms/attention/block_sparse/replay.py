@@ -8,7 +8,6 @@ import functools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ class _Recording:
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
     outputs: tuple[Tensor, ...]
-    held: Any
+    held: object
 
 
 class Replay:
@@ -50,7 +49,7 @@ class Replay:
         function: Callable[..., tuple[Tensor, ...]],
         inputs: list[Tensor],
         key: Hashable,
-        held: Any,
+        held: object,
     ) -> tuple[Tensor, ...]:
         """What ``function(*inputs)`` gives, in tensors of the caller's own.
 
@@ -78,7 +77,7 @@ class Replay:
 def _record(
     function: Callable[..., tuple[Tensor, ...]],
     inputs: list[Tensor],
-    held: Any,
+    held: object,
     stream: torch.cuda.Stream,
 ) -> _Recording:
     # What is made in inference mode could not be written outside of it.
@@ -90,14 +89,20 @@ def _record(
         with torch.cuda.stream(aside):
             function(*own)
         stream.wait_stream(aside)
+        shared = _pool(inputs[0].device, stream.cuda_stream)
         graph = torch.cuda.CUDAGraph()
-        pool = _pool(inputs[0].device, stream.cuda_stream)
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=shared.pool(), capture_error_mode="thread_local"):
             outputs = function(*own)
     return _Recording(graph, own, outputs, held)
 
 
 @functools.cache
-def _pool(device: torch.device, stream: int) -> Any:
-    """Working memory that recordings share, which never run at once on one stream."""
-    return torch.cuda.graph_pool_handle()
+def _pool(device: torch.device, stream: int) -> torch.cuda.CUDAGraph:
+    """A graph in whose working memory others are recorded, which never run at once on one stream.
+
+    It is kept because memory that no graph is left in cannot be recorded into again.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        torch.zeros(1, device=device)
+    return graph
