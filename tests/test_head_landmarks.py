@@ -9,8 +9,8 @@ from adms import ADMSKVCache, disable_adms, enable_adms_llm
 from adms.config import ADMSConfig
 from adms.entries import Entries, TokenShape
 from adms.importance import METRICS
-from adms.tiers.head_landmarks import HeadLandmarkStore
-from adms.tiers.landmarks import Candidates, LandmarkStore
+from adms.tiers.head_landmarks import Arriving, HeadLandmarkStore
+from adms.tiers.landmarks import LandmarkStore
 from tests.compressors.test_streams import held
 from tests.compressors.tiny import feed, random_ids, tiny_llama
 
@@ -18,7 +18,7 @@ SHAPE = TokenShape(3, 16, 8)
 SIZES = {"start_size": 4, "recent_size": 64, "compressed_budget": 160, "use_adaptive_budget": True}
 
 
-def candidates(rows: int, count: int, first: int, errors: list[float], seed: int = 0) -> Candidates:
+def arriving(rows: int, count: int, first: int, errors: list[float], seed: int = 0) -> Arriving:
     """Random tokens whose codes miss those of head h by errors[h]."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -29,7 +29,7 @@ def candidates(rows: int, count: int, first: int, errors: list[float], seed: int
     miss = torch.tensor(errors)[:, None, None].sqrt()
     decoded = Entries(keys + miss * draw(16), values + miss * draw(8))
     tokens = (first + torch.arange(count)).expand(rows, -1)
-    return Candidates(Entries(keys, values), tokens, decoded, 1, None)
+    return Arriving(Entries(keys, values), tokens, decoded, 1, None)
 
 
 def score(entries: Entries, evidence: object) -> torch.Tensor:
@@ -61,7 +61,7 @@ def test_quotas_follow_the_error_within_the_total(errors: list, expected: list) 
     store = HeadLandmarkStore(SHAPE, torch.float32, 10)
     # Exact shares: the errors themselves instead of those of random codes.
     assert store._quotas(torch.tensor([errors, errors])).tolist() == [expected] * 2
-    header = store.fit(candidates(2, 400, 0, [error + 1e-6 for error in errors]))
+    header = store.fit(arriving(2, 400, 0, [error + 1e-6 for error in errors]))
     assert header.shape == (2, store.header_bytes)
     for row in store.quotas(header).tolist():
         assert sum(row) <= 30
@@ -84,8 +84,8 @@ def test_each_head_keeps_its_best_over_time() -> None:
     """Against a choice in Python, from tokens that came in two parts; rows are independent."""
     store = HeadLandmarkStore(SHAPE, torch.float32, 6)
     config = ADMSConfig(coverage_priority=0.0)
-    first = candidates(2, 40, 10, [0.1, 0.2, 0.6])
-    second = candidates(2, 9, 50, [0.1, 0.2, 0.6], seed=1)
+    first = arriving(2, 40, 10, [0.1, 0.2, 0.6])
+    second = arriving(2, 9, 50, [0.1, 0.2, 0.6], seed=1)
     header = store.fit(first)
     data = torch.cat([header, store.update(header, None, first, score, config)], dim=1)
     data = torch.cat([header, store.update(header, data, second, score, config)], dim=1)
@@ -111,20 +111,20 @@ def test_each_head_keeps_its_best_over_time() -> None:
     torch.testing.assert_close(alone, header[1:], rtol=0, atol=0)
 
 
-def _row(arriving: Candidates, row: int) -> Candidates:
+def _row(tokens: Arriving, row: int) -> Arriving:
     rows = slice(row, row + 1)
 
     def cut(entries: Entries) -> Entries:
         return Entries(entries.keys[rows], entries.values[rows])
 
-    return Candidates(
-        cut(arriving.entries), arriving.tokens[rows], cut(arriving.decoded), 1, arriving.queries
+    return Arriving(
+        cut(tokens.entries), tokens.tokens[rows], cut(tokens.decoded), 1, tokens.queries
     )
 
 
 def test_slots_without_a_token_are_invalid() -> None:
     store = HeadLandmarkStore(SHAPE, torch.float32, 6)
-    few = candidates(1, 2, 0, [0.1, 0.1, 0.1])
+    few = arriving(1, 2, 0, [0.1, 0.1, 0.1])
     header = store.fit(few)
     data = torch.cat([header, store.update(header, None, few, score, ADMSConfig())], dim=1)
     entries, tokens = store.decode(data)

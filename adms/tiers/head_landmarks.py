@@ -11,31 +11,54 @@ Source: the sources' variance-adaptive budget; cf. Feng et al. (2024), Ada-KV, a
 which shifts whole tokens between heads by their attention.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
+from adms.compressors.base import Coder
 from adms.config import ADMSConfig
 from adms.entries import Entries, TokenShape
-from adms.importance import Metric
-from adms.importance.base import Evidence
+from adms.importance import Evidence, Metric
 from adms.importance.coding_error import coding_error
-from adms.tiers.landmarks import Candidates, Landmarks, LandmarkStore, aligned
+from adms.tiers.candidates import Candidates, choose
+from adms.tiers.landmarks import Landmarks, LandmarkStore, aligned
 
 # Bytes of a head's quota in the header.
 QUOTA_BYTES = 4
 
 
-class HeadLandmarkStore(LandmarkStore):
+@dataclass(frozen=True)
+class Arriving:
+    """Tokens on their way into the middle.
+
+    Attributes:
+        entries: the ``N`` tokens, exact.
+        tokens: ``[B, N]`` text positions, -1 where there is none.
+        decoded: what their codes decode to.
+        block_tokens: tokens that were coded together.
+        queries: ``[B, H, Q, D]`` the pass's queries before positions, or None.
+    """
+
+    entries: Entries
+    tokens: torch.Tensor
+    decoded: Entries
+    block_tokens: int
+    queries: torch.Tensor | None
+
+
+class HeadLandmarkStore:
     """How the landmarks of single heads lie in bytes: quotas, the heads' headers, slots by head.
 
     Args:
         shape: keys and values of one token.
         dtype: dtype of decoded entries.
         count: landmarks a head on average (``L``).
+        codes: not used: the fine form of codes for all heads is none for one of them.
     """
 
-    def __init__(self, shape: TokenShape, dtype: torch.dtype, count: int) -> None:
+    def __init__(
+        self, shape: TokenShape, dtype: torch.dtype, count: int, codes: Coder | None = None
+    ) -> None:
         self.count = count
         self.num_heads = shape.num_heads
         single = TokenShape(1, shape.key_dim, shape.value_dim)
@@ -44,14 +67,23 @@ class HeadLandmarkStore(LandmarkStore):
         self.quota_bytes = aligned(QUOTA_BYTES * shape.num_heads)
         self.header_bytes = self.quota_bytes + shape.num_heads * self.single.header_bytes
         self.slot_bytes = shape.num_heads * self.single.slot_bytes
+        self.nbytes = self.header_bytes + count * self.slot_bytes if count else 0
         self.most = min(2 * count, shape.num_heads * count)
 
-    def fit(self, arriving: Candidates) -> torch.Tensor:
+    @classmethod
+    def within(
+        cls, shape: TokenShape, dtype: torch.dtype, nbytes: int, codes: Coder | None = None
+    ) -> "HeadLandmarkStore":
+        """The store of as many landmarks as fit."""
+        probe = cls(shape, dtype, 1)
+        return cls(shape, dtype, max(0, (nbytes - probe.header_bytes) // probe.slot_bytes))
+
+    def fit(self, arriving: Arriving) -> torch.Tensor:
         """Header ``[B, header_bytes]``: quotas by the codes' errors, spreads and means by head."""
         heads = _by_head(arriving)
-        headers = self.single.fit(heads)
-        evidence = Evidence(None, heads.decoded, *self.single.spreads(headers), heads.block_tokens)
-        errors = coding_error(heads.entries, evidence).mean(1).unflatten(0, (-1, self.num_heads))
+        headers = self.single.fit(heads.entries)
+        errors = coding_error(heads.entries, self._evidence(headers, heads))
+        errors = errors.mean(1).unflatten(0, (-1, self.num_heads))
         quotas = self._quotas(errors).to(torch.int32).view(torch.uint8)
         quotas = torch.nn.functional.pad(quotas, (0, self.quota_bytes - quotas.shape[1]))
         return torch.cat([quotas, headers.unflatten(0, (-1, self.num_heads)).flatten(1)], dim=1)
@@ -60,16 +92,28 @@ class HeadLandmarkStore(LandmarkStore):
         self,
         header: torch.Tensor,
         present: torch.Tensor | None,
-        arriving: Candidates,
+        arriving: Arriving,
         metric: Metric,
         config: ADMSConfig,
     ) -> torch.Tensor:
-        """As for one head, for each; ``metric`` is given one head at a time."""
-        quotas, headers = self.quotas(header), self._head_headers(header)
-        held = self._of_heads(self._slots(present), quotas) if present is not None else None
-        chosen = self.single.choose(
-            headers, held, _by_head(arriving), metric, config, self.most, quotas.flatten()
+        """The bytes after the header, once tokens have arrived: ``[B, S slots]``.
+
+        Args:
+            header: ``[B, header_bytes]``.
+            present: ``[B, nbytes]`` with the landmarks so far, or None.
+            arriving: tokens that may become landmarks.
+            metric: scores them; it is given one head at a time.
+            config: how places are spread over the text.
+        """
+        quotas, headers, heads = self.quotas(header), self._head_headers(header), _by_head(arriving)
+        candidates = Candidates(
+            rows=[],
+            records=self.single.encode(headers, heads.entries, headers[:, None, :0]),
+            tokens=heads.tokens,
+            scores=metric(heads.entries, self._evidence(headers, heads)).float(),
+            present=None if present is None else self._of_heads(self._slots(present), quotas),
         )
+        chosen = choose(candidates, self.most, config, quotas.flatten())
         return self.single.slots(self._in_slots(chosen, quotas))
 
     def decode(self, data: torch.Tensor) -> tuple[Entries, torch.Tensor]:
@@ -79,9 +123,8 @@ class HeadLandmarkStore(LandmarkStore):
         """
         quotas, landmarks = self.quotas(data), self._slots(data)
         rows = self._of_heads(landmarks, quotas)
-        decoded = self.single.coder.decode(
-            self.single.means(self._head_headers(data)), rows.records
-        )
+        headers = self._head_headers(data)[:, self.single.reference_bytes :]
+        decoded = self.single.coder.decode(headers, rows.records)
         head, index, used = self._places(quotas)
         own = torch.arange(len(quotas), device=data.device)[:, None]
         keys, values = (
@@ -118,6 +161,11 @@ class HeadLandmarkStore(LandmarkStore):
         whole = (whole + (rank < over)).clamp(max=room)
         return least + whole.long()
 
+    def _evidence(self, headers: torch.Tensor, heads: Arriving) -> Evidence:
+        return self.single.evidence(
+            headers, heads.queries, lambda: heads.decoded, heads.block_tokens
+        )
+
     def _head_headers(self, data: torch.Tensor) -> torch.Tensor:
         """``[B * K, bytes]``."""
         headers = data[:, self.quota_bytes : self.header_bytes]
@@ -133,7 +181,7 @@ class HeadLandmarkStore(LandmarkStore):
         first = quotas.cumsum(1) - quotas
         index = (first[..., None] + rank).clamp(max=landmarks.tokens.shape[1] - 1)
         used = (rank < quotas[..., None]).flatten(0, 1)
-        found = landmarks.take(index.flatten(1))
+        found = _take(landmarks, index.flatten(1))
         return Landmarks(
             found.records.unflatten(1, (self.num_heads, -1)).flatten(0, 1),
             torch.where(used, found.tokens.unflatten(1, (self.num_heads, -1)).flatten(0, 1), -1),
@@ -148,7 +196,7 @@ class HeadLandmarkStore(LandmarkStore):
             landmarks.tokens.unflatten(0, (-1, self.num_heads)).flatten(1, 2),
             landmarks.scores.unflatten(0, (-1, self.num_heads)).flatten(1, 2),
         )
-        found = of_rows.take(index)
+        found = _take(of_rows, index)
         return Landmarks(found.records, torch.where(used, found.tokens, -1), found.scores)
 
     def _places(self, quotas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -161,7 +209,15 @@ class HeadLandmarkStore(LandmarkStore):
         return head, head * self.most + rank.clamp(max=self.most - 1), used
 
 
-def _by_head(arriving: Candidates) -> Candidates:
+def _take(landmarks: Landmarks, index: torch.Tensor) -> Landmarks:
+    """Those at ``index [B, M]``."""
+    own = torch.arange(index.shape[0], device=index.device)[:, None]
+    return Landmarks(
+        landmarks.records[own, index], landmarks.tokens[own, index], landmarks.scores[own, index]
+    )
+
+
+def _by_head(arriving: Arriving) -> Arriving:
     """The same with each head as a row of its own: ``[B * K, 1, N, ...]``."""
     heads = arriving.entries.keys.shape[1]
     queries = arriving.queries

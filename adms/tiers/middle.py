@@ -17,9 +17,11 @@ import torch
 from adms.compressors.base import Coder, RawCoder
 from adms.config import ADMSConfig
 from adms.entries import Entries, TokenShape
-from adms.importance import Metric, needs_queries
+from adms.importance import Evidence, Metric, needs_queries
 from adms.positions import MiddleGeometry
-from adms.tiers.landmarks import Candidates, LandmarkStore, aligned
+from adms.tiers.candidates import Candidates
+from adms.tiers.head_landmarks import Arriving, HeadLandmarkStore
+from adms.tiers.landmarks import LandmarkStore, aligned
 from adms.tiers.undo import Undo
 
 
@@ -43,7 +45,7 @@ class MiddlePlan:
     dtype: torch.dtype
     raw: RawCoder
     coder: Coder | None
-    store: LandmarkStore | None
+    store: LandmarkStore | HeadLandmarkStore | None
     geometry: MiddleGeometry
     arena_bytes: int
     metric: Metric
@@ -155,21 +157,28 @@ class MiddleTier:
         """
         coded = [self.plan.geometry.is_coded(total) for total in totals]
         data = self._landmark_bytes(slice(None))
+        codes = self.arena[:, : self._coder.header_bytes]
         if not all(coded):
             # Their bytes there are tokens; read as landmarks they need not even be finite, and a
             # masked entry is still multiplied by zero.
-            data = data * torch.tensor(coded, device=data.device)[:, None]
-        return self._store.decode(data)
+            held = torch.tensor(coded, device=data.device)[:, None]
+            data, codes = data * held, codes * held
+        store = self.plan.store
+        if isinstance(store, HeadLandmarkStore):
+            return store.decode(data)
+        return self._store.decode(data, codes)
 
     @property
     def _store(self) -> LandmarkStore:
-        if self.plan.store is None:
-            raise RuntimeError("a middle without landmarks was asked for them")
+        if not isinstance(self.plan.store, LandmarkStore):
+            raise RuntimeError("a middle without landmarks of all heads was asked for them")
         return self.plan.store
 
     def _landmark_bytes(self, rows: list[int] | slice) -> torch.Tensor:
+        if self.plan.store is None:
+            raise RuntimeError("a middle without landmarks was asked for their bytes")
         start = self.plan.landmark_offset
-        return self.arena[rows][:, start : start + self._store.nbytes]
+        return self.arena[rows][:, start : start + self.plan.store.nbytes]
 
     # --- writing -----------------------------------------------------------------------------
 
@@ -182,8 +191,10 @@ class MiddleTier:
         sink: int,
         recent: Callable[[int], Entries],
         queries: torch.Tensor | None,
-    ) -> list[Write]:
+    ) -> tuple[list[Write], list[Candidates]]:
         """Works out what arriving tokens change, without changing anything.
+
+        The landmarks are settled over all layers before ``landmark_writes``.
 
         Args:
             leaving: tokens that leave the recent tier, rows padded to the longest.
@@ -207,16 +218,21 @@ class MiddleTier:
             else:
                 turn.append(row)
         writes: list[Write] = []
+        candidates: list[Candidates] = []
         if stay_raw:
             entries = _window(leaving, stay_raw, starts, counts)
             records = self.plan.raw.encode(self.arena[stay_raw][:, :0], entries)
             writes.append(self._ring_write(records, stay_raw, totals, counts, self.plan.raw, 0))
         if stay_coded:
-            writes += self._append(leaving, stay_coded, starts, counts, totals, sink, queries)
+            writes += self._append(
+                leaving, stay_coded, starts, counts, totals, sink, queries, candidates
+            )
         # Happens once in a row's life, so a loop over rows costs nothing that matters.
         for row in turn:
-            writes += self._turn(leaving, row, starts, counts, totals, sink, recent(row), queries)
-        return writes
+            writes += self._turn(
+                leaving, row, starts, counts, totals, sink, recent(row), queries, candidates
+            )
+        return writes, candidates
 
     def apply(self, writes: list[Write]) -> None:
         """Puts prepared bytes in place."""
@@ -241,6 +257,7 @@ class MiddleTier:
         totals: list[int],
         sink: int,
         queries: torch.Tensor | None,
+        candidates: list[Candidates],
     ) -> list[Write]:
         coder = self._coder
         entries = _window(leaving, rows, starts, counts)
@@ -254,9 +271,14 @@ class MiddleTier:
             count = torch.tensor([counts[row] for row in rows], device=self.arena.device)
             tokens = torch.where(span < count[:, None], first[:, None] + span, -1)
             present = self._landmark_bytes(rows)
-            arriving = self._candidates(header, records, entries, tokens, own_queries)
-            landmark_header = present[:, : self._store.header_bytes]
-            writes.append(self._landmark_write(rows, landmark_header, present, arriving))
+            landmark_header = present[:, : self.plan.store.header_bytes]
+            if isinstance(self.plan.store, HeadLandmarkStore):
+                arriving = self._arriving(header, records, entries, tokens, own_queries)
+                return [*writes, self._head_write(rows, landmark_header, present, arriving)]
+            evidence = self._evidence(header, records, landmark_header, own_queries)
+            arrived = self._candidates(rows, entries, records, tokens, landmark_header, evidence)
+            arrived.present = self._store.read(present)
+            candidates.append(arrived)
         return writes
 
     def _turn(
@@ -269,6 +291,7 @@ class MiddleTier:
         sink: int,
         recent: Entries,
         queries: torch.Tensor | None,
+        candidates: list[Candidates],
     ) -> list[Write]:
         """One row's step from exact to coded."""
         coder, total = self._coder, totals[row]
@@ -289,38 +312,91 @@ class MiddleTier:
         ]
         if self.plan.store is not None:
             tokens = sink + torch.arange(size, device=self.arena.device)[None]
-            candidates = self._candidates(header, records, entries, tokens, own_queries)
-            landmark_header = self._store.fit(candidates)
+            if isinstance(self.plan.store, HeadLandmarkStore):
+                arrived = self._arriving(header, records, entries, tokens, own_queries)
+                landmark_header = self.plan.store.fit(arrived)
+                start = torch.full_like(index, self.plan.landmark_offset)
+                writes.append(Write(index, start, landmark_header))
+                return [*writes, self._head_write([row], landmark_header, None, arrived)]
+            landmark_header = self._store.fit(entries)
+            evidence = self._evidence(header, records, landmark_header, own_queries)
+            landmark_header = self._store.with_scale(
+                landmark_header, self.plan.metric(entries, evidence)
+            )
             writes.append(
                 Write(index, torch.full_like(index, self.plan.landmark_offset), landmark_header)
             )
-            writes.append(self._landmark_write([row], landmark_header, None, candidates))
+            candidates.append(
+                self._candidates([row], entries, records, tokens, landmark_header, evidence)
+            )
         return writes
 
+    def _evidence(
+        self,
+        header: torch.Tensor,
+        records: torch.Tensor,
+        landmark_header: torch.Tensor,
+        queries: torch.Tensor | None,
+    ) -> Evidence:
+        coder = self._coder
+
+        def decode() -> Entries:
+            return coder.decode(header, records[..., : coder.record_bytes])
+
+        return self._store.evidence(landmark_header, queries, decode, coder.block_tokens)
+
     def _candidates(
+        self,
+        rows: list[int],
+        entries: Entries,
+        records: torch.Tensor,
+        tokens: torch.Tensor,
+        header: torch.Tensor,
+        evidence: Evidence,
+    ) -> Candidates:
+        """Arriving tokens with their scores, before it is settled who stays."""
+        store = self._store
+        scores = store.scaled(header, self.plan.metric(entries, evidence).float())
+        return Candidates(rows, store.encode(header, entries, records), tokens, scores, None)
+
+    def _arriving(
         self,
         header: torch.Tensor,
         records: torch.Tensor,
         entries: Entries,
         tokens: torch.Tensor,
         queries: torch.Tensor | None,
-    ) -> Candidates:
+    ) -> Arriving:
         coder = self._coder
-        decoded = coder.decode(header, records)
-        return Candidates(entries, tokens, decoded, coder.block_tokens, queries)
+        decoded = coder.decode(header, records[..., : coder.record_bytes])
+        return Arriving(entries, tokens, decoded, coder.block_tokens, queries)
 
-    def _landmark_write(
+    def _head_write(
         self,
         rows: list[int],
         header: torch.Tensor,
         present: torch.Tensor | None,
-        arriving: Candidates,
+        arriving: Arriving,
     ) -> Write:
-        """The landmarks among tokens that arrive and those present, as bytes to put in place."""
-        data = self._store.update(header, present, arriving, self.plan.metric, self.plan.config)
+        """Landmarks that each head chooses by itself, as bytes to put in place."""
+        store = self.plan.store
+        if not isinstance(store, HeadLandmarkStore):
+            raise RuntimeError("landmarks of all heads are settled over the layers")
+        data = store.update(header, present, arriving, self.plan.metric, self.plan.config)
         index = torch.tensor(rows, device=self.arena.device)
-        start = torch.full_like(index, self.plan.landmark_offset + self._store.header_bytes)
+        start = torch.full_like(index, self.plan.landmark_offset + store.header_bytes)
         return Write(index, start, data)
+
+    def landmark_writes(self, candidates: list[Candidates]) -> list[Write]:
+        """Settled landmarks as bytes to put in place."""
+        writes = []
+        for settled in candidates:
+            if settled.present is None:
+                raise RuntimeError("landmarks were written before they were settled")
+            index = torch.tensor(settled.rows, device=self.arena.device)
+            start = torch.full_like(index, self.plan.landmark_offset + self._store.header_bytes)
+            writes.append(Write(index, start, self._store.slots(settled.present)))
+        return writes
 
     def _record_writes(
         self, records: torch.Tensor, rows: list[int], totals: list[int], counts: list[int]
@@ -328,6 +404,7 @@ class MiddleTier:
         """Where new records go, and where the whole ones they displace go once cut."""
         coder = self._coder
         block, whole, cut = coder.block_tokens, coder.num_records, coder.num_coarse
+        records = records[..., : coder.record_bytes]
         writes = [self._ring_write(records, rows, totals, counts, coder, coder.header_bytes)]
         if not cut:
             return writes
