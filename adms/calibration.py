@@ -143,6 +143,13 @@ class Calibration:
             for name, part in (layer.tensors or {}).items()
         }
 
+    def equals(self, other: "Calibration") -> bool:
+        """Whether both hold the same tensors."""
+        mine, theirs = self.state(), other.state()
+        return mine.keys() == theirs.keys() and all(
+            torch.equal(part.cpu(), theirs[name].cpu()) for name, part in mine.items()
+        )
+
     def load_state(self, state: dict[str, torch.Tensor], source: str) -> None:
         """Takes over the tensors of ``state()``.
 

@@ -6,6 +6,7 @@ decoder splits long inputs (``streaming``), its attention modules hand over keys
 """
 
 import dataclasses
+import os
 import types
 import weakref
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from adms.entries import TokenShape
 from adms.errors import ADMSTypeError, ADMSValueError, CacheStateError
 from adms.generation import check_generate
 from adms.importance import METRICS
-from adms.moments import fit_to_own_texts, plan_calibration
+from adms.moments import fit_to_own_texts, plan_calibration, resolve_calibration
 from adms.patches import Family, find_family
 from adms.patches.base import bind_method, modeling_function
 from adms.streaming import named_arguments, stream
@@ -82,6 +83,11 @@ class Installation:
         sizes = resolve_sizes(config, self.family.max_positions(decoder.config), block)
 
         uses = compressor is not None and compressor.uses_calibration
+        if calibration is not None and not uses:
+            raise ADMSValueError(
+                f"compressor_type={config.compressor_type!r} makes no use of a calibration; leave "
+                "it out"
+            )
         calibration = (calibration or self._own_calibration(model)) if uses else None
 
         def context(layer_idx: int, shape: TokenShape, dtype: torch.dtype) -> LayerContext:
@@ -124,6 +130,7 @@ def enable_adms_llm(
     model: nn.Module,
     config: ADMSConfig | None = None,
     *,
+    calibration: Calibration | str | os.PathLike[str] | None = None,
     sparse_prefill: SparsePrefillConfig | None = None,
     **parameters: Any,
 ) -> ADMSKVCache:
@@ -135,6 +142,8 @@ def enable_adms_llm(
     Args:
         model: a transformers causal language model of a supported family.
         config: the configuration; or give single parameters of ``ADMSConfig`` instead.
+        calibration: what ``calibrate`` returned, or the path it wrote; None has the code fitted
+            to texts of the model's own when the first stream needs it.
         sparse_prefill: makes chunks of more than one token attend to the blocks that matter most
             to them, in this cache; None attends to everything. It is no part of a saved session.
         **parameters: parameters of ``ADMSConfig``.
@@ -151,15 +160,17 @@ def enable_adms_llm(
     check_layer_config(sparse_prefill, SparsePrefillConfig, "sparse_prefill")
     if not isinstance(model, nn.Module):
         raise ADMSTypeError(f"model must be a transformers model, got {type(model).__name__}")
-    host = _host(model)
+    host = host_of(model)
     installation = _INSTALLED.get(host)
     if installation is None:
         family = find_family(host)
         # Resolved on a trial installation first: a refused call must leave the model as it was.
-        Installation(family, weakref.ref(host)).binding(settings, sparse_prefill)
+        trial = Installation(family, weakref.ref(host))
+        trial.binding(settings, sparse_prefill, resolve_calibration(host, family, calibration))
         installation = _install(host, family)
+    given = resolve_calibration(host, installation.family, calibration)
     cache = ADMSKVCache(settings)
-    cache.bind(installation.binding(settings, sparse_prefill))
+    cache.bind(installation.binding(settings, sparse_prefill, given))
     return cache
 
 
@@ -197,7 +208,7 @@ def disable_adms(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise ADMSTypeError(f"model must be a transformers model, got {type(model).__name__}")
-    installation = _INSTALLED.pop(_host(model), None)
+    installation = _INSTALLED.pop(host_of(model), None)
     if installation is None:
         return
     installation.active = False
@@ -207,10 +218,10 @@ def disable_adms(model: nn.Module) -> None:
 
 def is_enabled(model: nn.Module) -> bool:
     """Whether a model is enabled."""
-    return _host(model) in _INSTALLED
+    return host_of(model) in _INSTALLED
 
 
-def _host(model: nn.Module) -> nn.Module:
+def host_of(model: nn.Module) -> nn.Module:
     """The transformers model inside a wrapper such as PEFT's."""
     inner = getattr(model, "get_base_model", None)
     return inner() if callable(inner) else model

@@ -14,6 +14,8 @@ from adms.tiers.middle import MiddlePlan
 PLAIN_COUNTS = {"DynamicSlidingWindowLayer": "cumulative_length", "WindowLayer": "length"}
 # The tensor of ids that a caller keeps beside the cache.
 LAST_IDS = "last_token_ids"
+# What comes before the names of a calibration's tensors.
+CALIBRATION = "calibration"
 
 
 def collect(cache: ADMSKVCache) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -33,10 +35,15 @@ def collect(cache: ADMSKVCache) -> tuple[dict[str, torch.Tensor], dict[str, Any]
         tensors |= {f"layers.{index}.{name}": tensor for name, tensor in own.items()}
         layers.append(described)
     config = cache.config
+    if filled and binding.calibration is not None:
+        # Codes can only be read with the bases that they were made with.
+        state = binding.calibration.state()
+        tensors |= {f"{CALIBRATION}.{name}": part for name, part in state.items()}
     return tensors, {
         "model": describe_model(model),
         "weights": sample_weights(model),
         "codes": describe_codes(binding),
+        "calibration": "" if binding.calibration is None else binding.calibration.source,
         "config": config.to_dict(),
         "explicit": sorted(config.explicit),
         "sizes": dict(vars(binding.sizes)),

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from adms.cache import ADMSKVCache
+from adms.calibration import Calibration
 from adms.config import ADMSConfig, Sizes
 from adms.errors import ADMSError, ADMSValueError, SessionFileError
 from adms.fingerprint import (
@@ -17,8 +18,9 @@ from adms.fingerprint import (
     weights_differ,
 )
 from adms.layer import ADMSLayer
+from adms.moments import plan_calibration
 from adms.patches import find_family
-from adms.session_content import LAST_IDS, PLAIN_COUNTS, describe_plan
+from adms.session_content import CALIBRATION, LAST_IDS, PLAIN_COUNTS, describe_plan
 from adms.tiers.convert import convert_arena
 from adms.timeline import Timeline
 
@@ -90,6 +92,23 @@ class SessionReader:
             return ADMSConfig.from_dict(self.get("config", dict), explicit=explicit)
         except ADMSError as error:
             raise self.misfit(f"its configuration: {error}") from error
+
+    def calibration(self, model: nn.Module) -> Calibration | None:
+        """The bases that the codes were made with; None where nothing is coded."""
+        prefix = f"{CALIBRATION}."
+        state = {
+            name.removeprefix(prefix): part
+            for name, part in self.tensors.items()
+            if name.startswith(prefix)
+        }
+        if not state:
+            return None
+        found = plan_calibration(model, find_family(model))
+        try:
+            found.load_state(state, self.get("calibration", str))
+        except ADMSValueError as error:
+            raise self.misfit(str(error)) from error
+        return found
 
     def fill(self, cache: ADMSKVCache, model: nn.Module) -> None:
         """Puts the stream into an empty, bound cache."""

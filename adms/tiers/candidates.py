@@ -2,7 +2,9 @@
 
 A layer alone finds a token that is new in the stream only half of the time; the mean over layers
 finds it nearly always, and what a model needs of a token it may need in any layer. So each layer
-scores what arrives, its scores are brought to its own scale, and their mean decides.
+scores what arrives, its scores are brought to its own scale, and their mean decides. A token alone
+is of little use without those around it that lead to it, so scores are averaged over neighbours
+(cf. the pooling of SnapKV, Li et al., 2024, arXiv 2404.14469).
 
 Shapes: ``B`` rows, ``N`` arriving tokens, ``L`` landmarks.
 """
@@ -15,6 +17,9 @@ import torch
 from adms.budget import select_landmarks
 from adms.config import ADMSConfig
 from adms.tiers.landmarks import Landmarks
+
+# Tokens over which a score is averaged.
+NEIGHBOURS = 5
 
 
 @dataclass
@@ -49,6 +54,7 @@ def settle(layers: Sequence[list[Candidates]], counts: list[int], config: ADMSCo
         first = group[0]
         device = first.scores.device
         scores = torch.stack([part.scores.to(device) for part in group]).mean(0)
+        scores = smoothed(scores, first.tokens >= 0)
         choices: dict[tuple[int, torch.device], tuple[torch.Tensor, Landmarks]] = {}
         for candidates, count in zip(group, counts, strict=True):
             key = (count, candidates.scores.device)
@@ -81,6 +87,13 @@ def _taken(candidates: Candidates, chosen: torch.Tensor, landmarks: Landmarks) -
         records = torch.nn.functional.pad(records, (0, 0, 0, missing))
     own = torch.arange(chosen.shape[0], device=chosen.device)[:, None]
     return Landmarks(records[own, chosen], landmarks.tokens, landmarks.scores)
+
+
+def smoothed(scores: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    """Means ``[B, N]`` over each token and its neighbours, as far as those are ``present``."""
+    kept = torch.stack([scores * present, present.to(scores.dtype)])
+    around = torch.nn.functional.avg_pool1d(kept, NEIGHBOURS, stride=1, padding=NEIGHBOURS // 2)
+    return around[0] / around[1].clamp(min=1 / (2 * NEIGHBOURS))
 
 
 def _choose(
