@@ -19,6 +19,7 @@ from adms.entries import TokenShape
 from adms.errors import CacheStateError
 from adms.importance import Metric
 from adms.positions import MiddleGeometry
+from adms.tiers.head_landmarks import HeadLandmarkStore
 from adms.tiers.landmarks import ALIGNMENT, LandmarkStore
 from adms.tiers.middle import MiddlePlan
 from adms.timeline import Timeline
@@ -206,13 +207,14 @@ class Binding:
         arena_bytes = tokens * raw.record_bytes
         coded_bytes = tokens * shape.num_elements * BUDGET_ITEMSIZE
         # Counted like everything of the middle, at two bytes an element whatever the dtype.
-        store = None
+        store: LandmarkStore | HeadLandmarkStore | None = None
         if config.importance_ratio > 0:
             codes = compressor.bind(context, coded_bytes, config)
+            kind = HeadLandmarkStore if config.use_adaptive_budget else LandmarkStore
             most = int(coded_bytes * config.importance_ratio)
-            store = LandmarkStore.within(shape, dtype, most, codes)
+            store = kind.within(shape, dtype, most, codes)
             if store.count < config.min_importance_tokens:
-                least = LandmarkStore(shape, dtype, config.min_importance_tokens, codes)
+                least = kind(shape, dtype, config.min_importance_tokens, codes)
                 # At most half, so that a small budget still codes something.
                 store = least if least.nbytes <= coded_bytes // 2 else store
             store = store if store.count else None

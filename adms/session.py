@@ -17,7 +17,7 @@ from adms import session_file
 from adms.cache import ADMSKVCache
 from adms.config import ADMSConfig
 from adms.enable import disable_adms, enable_adms_llm, is_enabled
-from adms.errors import ADMSTypeError
+from adms.errors import ADMSTypeError, ADMSValueError
 from adms.moments import resolve_calibration
 from adms.patches import find_family
 from adms.session_content import LAST_IDS, collect
@@ -127,10 +127,20 @@ def load_session(path: str | os.PathLike[str], model: nn.Module, **arguments: An
         arguments["calibration"] = given or stored
     was_enabled = is_enabled(model)
     try:
-        cache = enable_adms_llm(model, config=config, **arguments)
+        cache = _enabled(model, config, reader, arguments)
         reader.fill(cache, host)
     except BaseException:
         if not was_enabled:
             disable_adms(model)
         raise
     return Session(cache, last_ids, notes)
+
+
+def _enabled(
+    model: nn.Module, config: ADMSConfig, reader: SessionReader, arguments: dict[str, Any]
+) -> ADMSKVCache:
+    try:
+        return enable_adms_llm(model, config=config, **arguments)
+    except ADMSValueError as error:
+        # Valid by itself, but not on this model.
+        raise reader.misfit(f"its configuration: {error}") from error

@@ -180,13 +180,17 @@ def _middle_parts(
             tokens = torch.where(tokens >= view.forgotten.to(like.device)[:, None], tokens, -1)
         # A landmark's code is masked as long as it is still there; an entry for several tokens
         # stays, since the others have nothing else.
+        there = (tokens >= 0)[:, None]
+        if marks.valid is not None:
+            there = there & marks.valid
         if geometry.entries_per_record == geometry.block_tokens:
-            is_mark = (middle.tokens.to(like.device)[:, :, None] == tokens[:, None, :]).any(2)
+            same = middle.tokens.to(like.device)[:, None, :, None] == tokens[:, None, None, :]
+            is_coarse = ~(same & there[:, :, None]).any(3)
             held = parts[0].entries.valid
-            valid = ~is_mark if held is None else held & ~is_mark
+            valid = is_coarse if held is None else held[:, None] & is_coarse
             parts[0].entries = _with_valid(entries, valid, like.device)
         places = landmark_positions(tokens, middle, view)
-        exact = _with_valid(marks, tokens >= 0, like.device)
+        exact = _with_valid(marks, there, like.device)
         tables = scheme.tables(places, like, view.query_positions(geometry).to(like.device))
         parts.append(Part(exact, places, tables))
     return parts

@@ -60,15 +60,33 @@ def settle(layers: Sequence[list[Candidates]], counts: list[int], config: ADMSCo
             key = (count, candidates.scores.device)
             if key not in choices:
                 choices[key] = _choose(candidates, scores.to(key[1]), count, config)
-            chosen, landmarks = choices[key]
-            records = candidates.records
-            if candidates.present is not None:
-                records = torch.cat([candidates.present.records, records], dim=1)
-            missing = count - records.shape[1]
-            if missing > 0:
-                records = torch.nn.functional.pad(records, (0, 0, 0, missing))
-            own = torch.arange(chosen.shape[0], device=chosen.device)[:, None]
-            candidates.present = Landmarks(records[own, chosen], landmarks.tokens, landmarks.scores)
+            candidates.present = _taken(candidates, *choices[key])
+
+
+def choose(
+    candidates: Candidates, count: int, config: ADMSConfig, limits: torch.Tensor
+) -> Landmarks:
+    """The landmarks of rows that decide by themselves, the foremost choice first.
+
+    Args:
+        candidates: what arrives, and what is there.
+        count: landmarks to give for each row.
+        config: how places are spread over the text.
+        limits: ``[B]`` how many of them a row has room for.
+    """
+    return _taken(candidates, *_choose(candidates, candidates.scores, count, config, limits))
+
+
+def _taken(candidates: Candidates, chosen: torch.Tensor, landmarks: Landmarks) -> Landmarks:
+    """Landmarks with the records of one layer, by the choice that was made for all."""
+    records = candidates.records
+    if candidates.present is not None:
+        records = torch.cat([candidates.present.records, records], dim=1)
+    missing = chosen.shape[1] - records.shape[1]
+    if missing > 0:
+        records = torch.nn.functional.pad(records, (0, 0, 0, missing))
+    own = torch.arange(chosen.shape[0], device=chosen.device)[:, None]
+    return Landmarks(records[own, chosen], landmarks.tokens, landmarks.scores)
 
 
 def smoothed(scores: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
@@ -79,7 +97,11 @@ def smoothed(scores: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
 
 
 def _choose(
-    candidates: Candidates, scores: torch.Tensor, count: int, config: ADMSConfig
+    candidates: Candidates,
+    scores: torch.Tensor,
+    count: int,
+    config: ADMSConfig,
+    limits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Landmarks]:
     """Which of the present and the arriving stay ``[B, L]``, and their tokens and scores."""
     tokens = candidates.tokens
@@ -96,6 +118,7 @@ def _choose(
         count,
         segments=config.coverage_segments,
         priority=config.coverage_priority,
+        limits=limits,
     )
     landmarks = Landmarks(
         records=candidates.records[:, :0],
