@@ -28,6 +28,8 @@ from adms.compressors.base import LayerContext
 from adms.config import ADMSConfig, Sizes, check_layer_config, config_from, resolve_sizes
 from adms.entries import TokenShape
 from adms.errors import ADMSTypeError, ADMSValueError, CacheStateError
+from adms.gates.coder import GATE_WEIGHT, GatedCompressor
+from adms.gates.config import AdaptiveUpdateConfig
 from adms.generation import check_generate
 from adms.importance import METRICS
 from adms.patches import Family, find_family
@@ -35,6 +37,22 @@ from adms.patches.base import bind_method, modeling_function
 from adms.streaming import named_arguments, stream
 
 Undo = Callable[[], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionalLayers:
+    """What a cache may have beside its tiers; see ``enable_adms_llm``.
+
+    Raises:
+        ADMSTypeError: a value of the wrong type.
+    """
+
+    adaptive_update: AdaptiveUpdateConfig | None = None
+    sparse_prefill: SparsePrefillConfig | None = None
+
+    def __post_init__(self) -> None:
+        check_layer_config(self.adaptive_update, AdaptiveUpdateConfig, "adaptive_update")
+        check_layer_config(self.sparse_prefill, SparsePrefillConfig, "sparse_prefill")
 
 
 @dataclass(eq=False)
@@ -46,9 +64,7 @@ class Installation:
     undo: list[Undo] = field(default_factory=list)
     active: bool = True
 
-    def binding(
-        self, config: ADMSConfig, sparse_prefill: SparsePrefillConfig | None = None
-    ) -> Binding:
+    def binding(self, config: ADMSConfig, optional: OptionalLayers) -> Binding:
         """A configuration resolved on this model.
 
         Raises:
@@ -60,16 +76,32 @@ class Installation:
         decoder = self.family.decoder(model)
         metric = METRICS.get(config.importance_metric)
         compressor = resolve_compressor(config)
+        update, shared_nbytes = optional.adaptive_update, 0
+        calibrations: tuple[dict[str, torch.Tensor], ...] = ()
+        if update is not None:
+            if compressor is None:
+                raise ADMSValueError(
+                    "adaptive_update folds tokens that enter the middle, and compressed_budget=0 "
+                    "leaves none; give it a budget, or leave adaptive_update out"
+                )
+            if update.gates is not None:
+                update.gates.check_model(model)
+            if not update.is_identity:
+                compressor = GatedCompressor(compressor, update)
+                if update.gates is not None:
+                    calibrations = tuple({GATE_WEIGHT: own} for own in update.gates.weights)
+                    shared_nbytes = update.gates.nbytes
         block = compressor.block_tokens(config) if compressor is not None else 1
         sizes = resolve_sizes(config, self.family.max_positions(decoder.config), block)
 
         def context(layer_idx: int, shape: TokenShape, dtype: torch.dtype) -> LayerContext:
-            return LayerContext(shape, dtype, layer_idx)
+            calibration = calibrations[layer_idx] if layer_idx < len(calibrations) else {}
+            return LayerContext(shape, dtype, layer_idx, calibration=calibration)
 
         def bind(sizes: Sizes, block: int) -> Binding:
             kinds = [*self.family.kinds(decoder), *self.family.further_kinds(decoder, sizes)]
-            if sparse_prefill is not None:
-                sparse_prefill.check_kinds(kinds)
+            if optional.sparse_prefill is not None:
+                optional.sparse_prefill.check_kinds(kinds)
             return Binding(
                 model_key=self.model_key,
                 config=config,
@@ -81,7 +113,8 @@ class Installation:
                 block_tokens=block,
                 is_active=lambda: self.active,
                 context=context,
-                sparse_prefill=sparse_prefill,
+                shared_nbytes=shared_nbytes,
+                sparse_prefill=optional.sparse_prefill,
             )
 
         binding = bind(sizes, block if sizes.interval >= block else 1)
@@ -100,6 +133,7 @@ def enable_adms_llm(
     model: nn.Module,
     config: ADMSConfig | None = None,
     *,
+    adaptive_update: AdaptiveUpdateConfig | None = None,
     sparse_prefill: SparsePrefillConfig | None = None,
     **parameters: Any,
 ) -> ADMSKVCache:
@@ -111,6 +145,8 @@ def enable_adms_llm(
     Args:
         model: a transformers causal language model of a supported family.
         config: the configuration; or give single parameters of ``ADMSConfig`` instead.
+        adaptive_update: a gate before the middle, which folds tokens that are alike into one entry;
+            None gives every token its own. A saved session is loaded with the same.
         sparse_prefill: makes chunks of more than one token attend to the blocks that matter most
             to them, in this cache; None attends to everything. It is no part of a saved session.
         **parameters: parameters of ``ADMSConfig``.
@@ -124,7 +160,7 @@ def enable_adms_llm(
         ADMSValueError: a value that cannot work, or that does not fit the model.
     """
     settings = config_from(config, parameters)
-    check_layer_config(sparse_prefill, SparsePrefillConfig, "sparse_prefill")
+    optional = OptionalLayers(adaptive_update=adaptive_update, sparse_prefill=sparse_prefill)
     if not isinstance(model, nn.Module):
         raise ADMSTypeError(f"model must be a transformers model, got {type(model).__name__}")
     host = _host(model)
@@ -132,10 +168,10 @@ def enable_adms_llm(
     if installation is None:
         family = find_family(host)
         # Resolved on a trial installation first: a refused call must leave the model as it was.
-        Installation(family, weakref.ref(host)).binding(settings, sparse_prefill)
+        Installation(family, weakref.ref(host)).binding(settings, optional)
         installation = _install(host, family)
     cache = ADMSKVCache(settings)
-    cache.bind(installation.binding(settings, sparse_prefill))
+    cache.bind(installation.binding(settings, optional))
     return cache
 
 
@@ -305,7 +341,7 @@ def _decoder_forward(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if named.get("use_cache") is False:
         raise ADMSValueError("use_cache=False with an ADMSKVCache stores nothing; leave it out")
     if cache.binding is None or cache.binding.model_key is not installation.model_key:
-        cache.bind(installation.binding(cache.config))
+        cache.bind(installation.binding(cache.config, OptionalLayers()))
     family = installation.family
     return stream(decoder, forward, cache, named, family.adjust, family.prepare)
 

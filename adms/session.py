@@ -298,9 +298,6 @@ class _Reader:
     def fill(self, cache: ADMSKVCache, model: nn.Module) -> None:
         """Puts the stream into an empty, bound cache."""
         binding = cache.binding_for_use
-        sizes = self.get("sizes", dict)
-        if sizes != vars(binding.sizes):
-            raise self.misfit(f"sizes {sizes}, but they resolve to {vars(binding.sizes)} here")
         own = describe_codes(binding) or {}
         codes = self.get("codes", dict) if self.info.get("codes") is not None else {}
         for part in sorted({*codes, *own}):
@@ -310,6 +307,9 @@ class _Reader:
                     f"its codes were made with {part} {mine!r}, here it is {other!r}; what was "
                     "coded can only be read with the same"
                 )
+        sizes = self.get("sizes", dict)
+        if sizes != vars(binding.sizes):
+            raise self.misfit(f"sizes {sizes}, but they resolve to {vars(binding.sizes)} here")
         timeline = self._timeline(binding.sizes, binding.block_tokens)
         layers = self.get("layers", list)
         if timeline is None:
