@@ -23,6 +23,7 @@ from adms.tiers.middle import MiddlePlan
 from adms.timeline import Timeline
 
 if TYPE_CHECKING:
+    from adms.attention.span_learner import IntegratedAttentionConfig, SpanLearner
     from adms.attention.sparse_prefill import SparsePrefillConfig
 
 # The middle is counted at this many bytes an element, whatever dtype the model runs in.
@@ -95,6 +96,7 @@ class Binding:
         context: makes what the compressor may know of a layer.
         shared_nbytes: bytes that depend on the model alone.
         sparse_prefill: how chunks of more than one token attend; None: to everything.
+        integrated_attention: how spans over the recent tier are learned; None: all of it is read.
     """
 
     model_key: weakref.ReferenceType[Any]
@@ -109,6 +111,7 @@ class Binding:
     context: Callable[[int, TokenShape, torch.dtype], LayerContext]
     shared_nbytes: int = 0
     sparse_prefill: "SparsePrefillConfig | None" = None
+    integrated_attention: "IntegratedAttentionConfig | None" = None
     _plans: dict[Any, MiddlePlan | None] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Binding":
@@ -126,6 +129,13 @@ class Binding:
                 "the model this cache is bound to was disabled; call enable_adms_llm(model) again "
                 "and use the cache it returns"
             )
+
+    def new_spans(self) -> "SpanLearner | None":
+        """Spans that read everything, to be learned; None where none are asked for."""
+        if self.integrated_attention is None:
+            return None
+        own = [index for index in range(self.num_layers) if self.is_adms_layer(index)]
+        return self.integrated_attention.start(own, self.sizes.recent)
 
     def is_adms_layer(self, layer_idx: int) -> bool:
         """Whether ADMS holds this layer's memory."""
@@ -224,6 +234,8 @@ class Binding:
         total += plan.arena_bytes if plan is not None else 0
         # The pass under way: its tokens, its queries where a commit wants them, one flag a layer.
         total += self.sizes.chunk * token + 1
+        if self.integrated_attention is not None:
+            total += self.integrated_attention.measured_bytes
         if plan is not None and plan.needs_queries:
             heads = kind.num_query_heads
             total += self.sizes.chunk * heads * shape.key_dim * dtype.itemsize

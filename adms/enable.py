@@ -19,6 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adms import compat
+from adms.attention.span_learner import IntegratedAttentionConfig
 from adms.attention.sparse_prefill import SparsePrefillConfig
 from adms.attention.window import attend_layer
 from adms.binding import Binding
@@ -48,10 +49,14 @@ class OptionalLayers:
     """
 
     adaptive_update: AdaptiveUpdateConfig | None = None
+    integrated_attention: IntegratedAttentionConfig | None = None
     sparse_prefill: SparsePrefillConfig | None = None
 
     def __post_init__(self) -> None:
         check_layer_config(self.adaptive_update, AdaptiveUpdateConfig, "adaptive_update")
+        check_layer_config(
+            self.integrated_attention, IntegratedAttentionConfig, "integrated_attention"
+        )
         check_layer_config(self.sparse_prefill, SparsePrefillConfig, "sparse_prefill")
 
 
@@ -115,6 +120,7 @@ class Installation:
                 context=context,
                 shared_nbytes=shared_nbytes,
                 sparse_prefill=optional.sparse_prefill,
+                integrated_attention=optional.integrated_attention,
             )
 
         binding = bind(sizes, block if sizes.interval >= block else 1)
@@ -134,6 +140,7 @@ def enable_adms_llm(
     config: ADMSConfig | None = None,
     *,
     adaptive_update: AdaptiveUpdateConfig | None = None,
+    integrated_attention: IntegratedAttentionConfig | None = None,
     sparse_prefill: SparsePrefillConfig | None = None,
     **parameters: Any,
 ) -> ADMSKVCache:
@@ -147,6 +154,8 @@ def enable_adms_llm(
         config: the configuration; or give single parameters of ``ADMSConfig`` instead.
         adaptive_update: a gate before the middle, which folds tokens that are alike into one entry;
             None gives every token its own. A saved session is loaded with the same.
+        integrated_attention: reads only as much of the recent tier, in each layer, as a span says
+            that is learned while the stream runs; None reads all of it.
         sparse_prefill: makes chunks of more than one token attend to the blocks that matter most
             to them, in this cache; None attends to everything. It is no part of a saved session.
         **parameters: parameters of ``ADMSConfig``.
@@ -160,7 +169,11 @@ def enable_adms_llm(
         ADMSValueError: a value that cannot work, or that does not fit the model.
     """
     settings = config_from(config, parameters)
-    optional = OptionalLayers(adaptive_update=adaptive_update, sparse_prefill=sparse_prefill)
+    optional = OptionalLayers(
+        adaptive_update=adaptive_update,
+        integrated_attention=integrated_attention,
+        sparse_prefill=sparse_prefill,
+    )
     if not isinstance(model, nn.Module):
         raise ADMSTypeError(f"model must be a transformers model, got {type(model).__name__}")
     host = _host(model)

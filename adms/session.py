@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from adms import session_file
+from adms.attention.span_learner import IntegratedAttentionConfig
+from adms.binding import Binding
 from adms.cache import ADMSKVCache
 from adms.config import ADMSConfig, Sizes
 from adms.enable import disable_adms, enable_adms_llm, is_enabled
@@ -27,6 +29,8 @@ from adms.fingerprint import (
     sample_weights,
     weights_differ,
 )
+from adms.gates.coder import GatedCompressor
+from adms.gates.config import AdaptiveUpdateConfig
 from adms.layer import ADMSLayer
 from adms.patches import find_family
 from adms.tiers.convert import convert_arena
@@ -39,6 +43,7 @@ logger = logging.getLogger("adms")
 PLAIN_COUNTS = {"DynamicSlidingWindowLayer": "cumulative_length", "WindowLayer": "length"}
 _LARGEST_COUNT = 2**53
 _LAST_IDS = "last_token_ids"
+_SPANS = "spans."
 
 
 @dataclass(frozen=True)
@@ -126,8 +131,11 @@ def _collect(cache: ADMSKVCache) -> tuple[dict[str, torch.Tensor], dict[str, Any
             own, described = _plain_state(layer, index)
         tensors |= {f"layers.{index}.{name}": tensor for name, tensor in own.items()}
         layers.append(described)
+    if cache.spans is not None:
+        tensors |= {_SPANS + name: part for name, part in cache.spans.tensors().items()}
     config = cache.config
     return tensors, {
+        "optional": _optional_layers(binding),
         "model": describe_model(model),
         "weights": sample_weights(model),
         "codes": describe_codes(binding),
@@ -142,6 +150,16 @@ def _collect(cache: ADMSKVCache) -> tuple[dict[str, torch.Tensor], dict[str, Any
         },
         "layers": layers,
     }
+
+
+def _optional_layers(binding: Binding) -> dict[str, dict[str, Any]]:
+    """The settings of the optional layers that a stream's state depends on."""
+    found = {}
+    if isinstance(binding.compressor, GatedCompressor):
+        found["adaptive_update"] = binding.compressor.update.to_dict()
+    if binding.integrated_attention is not None:
+        found["integrated_attention"] = binding.integrated_attention.to_dict()
+    return found
 
 
 def _adms_state(layer: ADMSLayer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -220,6 +238,7 @@ def load_session(path: str | os.PathLike[str], model: nn.Module, **arguments: An
     reader.check_model(host)
     config = reader.config()
     notes, last_ids = reader.get("notes", dict), reader.last_ids()
+    arguments = {**reader.optional_layers(given=arguments), **arguments}
     was_enabled = is_enabled(model)
     try:
         cache = enable_adms_llm(model, config=config, **arguments)
@@ -295,6 +314,30 @@ class _Reader:
         except ADMSError as error:
             raise self.misfit(f"its configuration: {error}") from error
 
+    def optional_layers(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The optional layers that the stream had, unless ``given`` says otherwise."""
+        # Files of version 0.1.0 have none.
+        stored = self.get("optional", dict) if "optional" in self.info else {}
+        layers: dict[str, Any] = {}
+        kinds = {
+            "adaptive_update": AdaptiveUpdateConfig,
+            "integrated_attention": IntegratedAttentionConfig,
+        }
+        for name, kind in kinds.items():
+            if name not in stored or name in given:
+                continue
+            settings = self.get(name, dict, stored)
+            if settings.get("policy") == "learned":
+                raise self.misfit(
+                    "its stream has learned gates, which belong to the model; load it with "
+                    'adaptive_update=AdaptiveUpdateConfig(policy="learned", gates=...)'
+                )
+            try:
+                layers[name] = kind(**settings)
+            except (ADMSError, TypeError) as error:
+                raise self.misfit(f"its {name}: {error}") from error
+        return layers
+
     def fill(self, cache: ADMSKVCache, model: nn.Module) -> None:
         """Puts the stream into an empty, bound cache."""
         binding = cache.binding_for_use
@@ -335,6 +378,16 @@ class _Reader:
                 self._stored_dtype(),
                 _main_dtype(model),
             )
+        if cache.spans is not None and self.info.get("optional", {}).get("integrated_attention"):
+            learned = {
+                name.removeprefix(_SPANS): part
+                for name, part in self.tensors.items()
+                if name.startswith(_SPANS)
+            }
+            try:
+                cache.spans.load_tensors(learned)
+            except ADMSValueError as error:
+                raise self.misfit(str(error)) from error
         cache.timeline = timeline
 
     def _timeline(self, sizes: Sizes, block: int) -> Timeline | None:

@@ -95,6 +95,11 @@ class AdaptiveUpdateConfig:
         admitted = math.ceil(admitted / inner_block) * inner_block
         return math.ceil(admitted / self.admission - 1e-9), admitted
 
+    def to_dict(self) -> dict[str, Any]:
+        """The policy and its numbers; gates are a model's, and not among them."""
+        names = ("policy",) if self.policy == "learned" else ("policy", "admission", "block_tokens")
+        return {name: getattr(self, name) for name in names}
+
     def describe(self) -> str:
         """What codes depend on, in a few words."""
         return f"{self.policy} gates ({self.admission:g} of {self.block_tokens})"

@@ -123,12 +123,15 @@ def test_a_session_goes_on_with_the_same_gates_only(policy: str, tmp_path) -> No
     feed(model, random_ids(1, 700), cache)
     path = tmp_path / "stream.adms"
     cache.save(path)
-    again = ADMSKVCache.load(path, model=model, adaptive_update=update())
+    given = {} if policy == "similarity" else {"adaptive_update": update()}
+    again = ADMSKVCache.load(path, model=model, **given)
     more = random_ids(1, 100, seed=1)
     assert torch.equal(feed(model, more, again), feed(model, more, cache))
     with pytest.raises(SessionFileError, match="codes were made with"):
-        ADMSKVCache.load(path, model=model)
+        ADMSKVCache.load(path, model=model, adaptive_update=None)
     if policy == "learned":
+        with pytest.raises(SessionFileError, match="gates, which belong to the model"):
+            ADMSKVCache.load(path, model=model)
         gates = trained(model, seed=1)
         with pytest.raises(SessionFileError, match="calibration"):
             ADMSKVCache.load(path, model=model, adaptive_update=update())
