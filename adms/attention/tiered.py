@@ -21,6 +21,7 @@ from adms.cache import ADMSKVCache
 from adms.entries import Entries
 from adms.layer import ADMSLayer
 from adms.positions import ForwardView, MiddleGeometry, MiddleView
+from adms.tiers.middle import MiddleTier
 
 
 @dataclass
@@ -223,18 +224,59 @@ def _middle_parts(
         tokens = torch.where(coded[:, None], marked, -1)
         if view.forgotten is not None:
             tokens = torch.where(tokens >= view.forgotten.to(like.device)[:, None], tokens, -1)
-        # A landmark's code is masked as long as it is still there; an entry for several tokens
-        # stays, since the others have nothing else.
-        if geometry.entries_per_record == geometry.block_tokens:
-            is_mark = (middle.tokens.to(like.device)[:, :, None] == tokens[:, None, :]).any(2)
-            held = parts[0].entries.valid
-            valid = ~is_mark if held is None else held & ~is_mark
-            parts[0].entries = _with_valid(entries, valid, like.device)
+        parts[0].entries = without_landmarks(
+            parts[0].entries, tokens, middle.tokens.to(like.device), geometry, layer.middle, totals
+        )
         places = landmark_positions(tokens, middle, view)
         exact = _with_valid(marks, tokens >= 0, like.device)
         tables = scheme.tables(places, like, view.query_positions(geometry).to(like.device))
         parts.append(Part(exact, places, tables))
     return parts
+
+
+def without_landmarks(
+    entries: Entries,
+    landmarks: torch.Tensor,
+    places: torch.Tensor,
+    geometry: MiddleGeometry,
+    middle: MiddleTier,
+    totals: list[int],
+) -> Entries:
+    """Codes without the tokens that are landmarks too, which would count twice.
+
+    A code for one token is masked. One for several weighs that much less, if its coder knows which
+    tokens those are; else it stays, since the others have nothing else.
+
+    Args:
+        entries: the codes, ``N`` of them.
+        landmarks: ``[B, L]`` text positions; -1 where there is none.
+        places: ``[B or 1, N]`` text positions of the codes.
+        geometry: of the middle.
+        middle: the middle.
+        totals: tokens that have entered it, per row.
+    """
+    held, device = entries.valid, places.device
+    if geometry.entries_per_record == geometry.block_tokens:
+        is_mark = (places[:, :, None] == landmarks[:, None, :]).any(2)
+        return _with_valid(entries, ~is_mark if held is None else held & ~is_mark, device)
+    members = middle.members(totals)
+    if members is None or entries.log_weight is None:
+        return entries
+    per_record, block = geometry.entries_per_record, geometry.block_tokens
+    rows, records = members.shape[:2]
+    # Where a record's first entry sits says where its first token does.
+    first = places[:, : records * per_record : per_record] - 0.5 * block / per_record + 0.5
+    tokens = first.round()[..., None] + torch.arange(block, device=device)
+    is_mark = (tokens[..., None] == landmarks[:, None, None, :]).any(3).expand(rows, -1, -1)
+    empty = torch.zeros(rows, records, per_record, device=device)
+    counts = empty.scatter_add(2, members, torch.ones_like(is_mark, dtype=empty.dtype))
+    left = counts - empty.scatter_add(2, members, is_mark.to(empty.dtype))
+    share = (left / counts.clamp(min=1)).flatten(1)
+    # Rows that hold exact tokens still may have more entries than the others have codes.
+    share = torch.nn.functional.pad(share, (0, entries.num_entries - share.shape[1]), value=1.0)
+    weight = entries.log_weight + share.clamp(min=1e-6).log()[:, None]
+    kept = share > 0 if held is None else held & (share > 0)
+    return Entries(entries.keys, entries.values, weight, entries.positions, kept)
 
 
 def _with_valid(entries: Entries, valid: torch.Tensor | None, device: torch.device) -> Entries:

@@ -114,6 +114,13 @@ class Coder(ABC):
         ``bytes`` is ``record_bytes``, or ``coarse_bytes`` for cut records.
         """
 
+    def members(self, records: torch.Tensor) -> torch.Tensor | None:
+        """Which entry of its record each token is part of, ``[B, R, block_tokens]``.
+
+        None where that was not kept, or where every token is an entry of its own.
+        """
+        return None
+
 
 class RawCoder(Coder):
     """Tokens as they are, in their own dtype: the middle before it has to compress."""

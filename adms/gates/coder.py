@@ -1,8 +1,8 @@
 """A compressor behind a gate: tokens are folded while they wait, then what is left is coded.
 
 Any compressor can stand behind it. A block of tokens becomes fewer entries, each the mean of the
-exact tokens it stands for; the compressor codes these, and a byte beside each code counts its
-tokens, whose logarithm is the entry's log-weight.
+exact tokens it stands for; the compressor codes these, and a byte for each token says which entry
+it is part of. The logarithm of an entry's tokens is its log-weight.
 
 Shapes: ``B`` rows, ``K`` KV heads, ``N`` tokens, ``R`` blocks (records), ``T`` tokens of a block,
 ``M`` entries of a block, ``I`` records of the compressor behind the gate in one of the gate's.
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from adms.config import ADMSConfig
     from adms.gates.config import AdaptiveUpdateConfig
 
-# Counts are stored in a byte.
-MOST_TOKENS = 255
 # What a gate's weights are called in ``LayerContext.calibration``.
 GATE_WEIGHT = "gate"
 
@@ -49,14 +47,14 @@ class GatedCoder(Coder):
         self.folds_once = inner.block_tokens == inner.entries_per_record == 1
         self.inner_records = admitted // inner.block_tokens
         self.entries_per_record = self.inner_records * inner.entries_per_record
-        self.count_bytes = admitted if self.folds_once else 0
+        self.member_bytes = tokens if self.folds_once else 0
         self.header_bytes = inner.header_bytes
         self.fit_tokens = inner.fit_tokens
         self.uses_queries = inner.uses_queries
-        self.record_bytes = self.count_bytes + self.inner_records * inner.record_bytes
+        self.record_bytes = self.member_bytes + self.inner_records * inner.record_bytes
         self.num_records = inner.num_records * inner.record_bytes // self.record_bytes
         if inner.num_coarse:
-            self.coarse_bytes = self.count_bytes + self.inner_records * inner.coarse_bytes
+            self.coarse_bytes = self.member_bytes + self.inner_records * inner.coarse_bytes
             self.num_coarse = inner.num_coarse * inner.coarse_bytes // self.coarse_bytes
 
     def fit(self, entries: Entries, queries: torch.Tensor | None = None) -> torch.Tensor:
@@ -66,7 +64,7 @@ class GatedCoder(Coder):
     def encode(
         self, header: torch.Tensor, entries: Entries, queries: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Counts, then the entries' records, byte by byte in turn."""
+        """Which token is part of which entry, then the entries' records, byte by byte in turn."""
         keys = entries.keys.unflatten(2, (-1, self.block_tokens))
         values = entries.values.unflatten(2, (-1, self.block_tokens))
         scores = None
@@ -80,11 +78,18 @@ class GatedCoder(Coder):
         data = records.transpose(2, 3).flatten(2)
         if not self.folds_once:
             return data
-        return torch.cat([folded.counts.to(torch.uint8), data], dim=2)
+        return torch.cat([folded.members.to(torch.uint8), data], dim=2)
+
+    def members(self, records: torch.Tensor) -> torch.Tensor | None:
+        """Which entry of its record each token is part of, ``[B, R, T]``; see ``Coder``."""
+        if not self.folds_once:
+            return None
+        # Bytes left over from exact tokens may hold anything.
+        return records[..., : self.member_bytes].long().clamp(max=self.admitted - 1)
 
     def inner_view(self, records: torch.Tensor) -> torch.Tensor:
         """The inner coder's records ``[B, R * I, bytes]`` in records ``[B, R, bytes]``."""
-        data = records[..., self.count_bytes :].unflatten(2, (-1, self.inner_records))
+        data = records[..., self.member_bytes :].unflatten(2, (-1, self.inner_records))
         # A copy, since a coder may read its bytes as a wider type, which needs an aligned start.
         return data.transpose(2, 3).clone(memory_format=torch.contiguous_format).flatten(1, 2)
 
@@ -96,9 +101,11 @@ class GatedCoder(Coder):
     def decode(self, header: torch.Tensor, records: torch.Tensor) -> Entries:
         """The inner coder's entries, each with the weight of its tokens."""
         found = self.inner.decode(header, self.inner_view(records))
-        if self.folds_once:
-            # Bytes beyond a row's own records are zeros, and masked.
-            own = records[..., : self.count_bytes].flatten(1).clamp(min=1).float().log()[:, None]
+        members = self.members(records)
+        if members is not None:
+            # Records beyond a row's own are blank and masked; their empty entries count as one.
+            counts = torch.nn.functional.one_hot(members, self.admitted).sum(2)
+            own = counts.flatten(1).clamp(min=1).float().log()[:, None]
             weight = own.expand(-1, found.keys.shape[1], -1)
         else:
             more = math.log(self.block_tokens / self.admitted)

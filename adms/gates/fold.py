@@ -21,12 +21,12 @@ class Folded:
     Attributes:
         keys: ``[B, K, R, M, D]`` means over the tokens an entry stands for, by importance.
         values: ``[B, K, R, M, E]``.
-        counts: ``[B, R, M]`` how many tokens that is, at least 1.
+        members: ``[B, R, T]`` which of the block's entries each token is part of.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
-    counts: torch.Tensor
+    members: torch.Tensor
 
 
 def token_distance(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -108,7 +108,7 @@ def fold(
     return Folded(
         (share @ keys.to(dtype)).to(keys.dtype),
         (share @ values.to(dtype)).to(values.dtype),
-        member.sum(3),
+        member.long().argmax(2),
     )
 
 

@@ -1,11 +1,13 @@
 """Gates inside a cache: a tiny Llama, every architecture, every compressor."""
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
 
 from adms import ADMSKVCache, disable_adms, enable_adms_llm
+from adms.attention import tiered
 from adms.errors import ADMSValueError, SessionFileError
 from adms.gates import AdaptiveUpdateConfig, UpdateGates
 from tests.compressors.material import NAMES
@@ -152,3 +154,35 @@ def test_gates_of_another_model_and_a_missing_middle_are_refused() -> None:
         enable_adms_llm(model, compressed_budget=0, adaptive_update=AdaptiveUpdateConfig())
     enable_adms_llm(model.to(torch.bfloat16), adaptive_update=update)
     disable_adms(model)
+
+
+@pytest.mark.parametrize("chunk", [1, 64])
+def test_every_token_of_the_middle_weighs_once(chunk: int) -> None:
+    """Landmarks count one, and the entries that they were folded into so much less."""
+    model = tiny_llama(trained=4096)
+    cache = enable_adms_llm(
+        model,
+        **SIZES,
+        compressor_type="quantized",
+        importance_ratio=0.3,
+        adaptive_update=AdaptiveUpdateConfig(),
+    )
+    feed(model, random_ids(2, 800), cache)
+    found: list[float] = []
+    original = tiered.without_landmarks
+
+    def spy(entries, landmarks, places, *rest):
+        result = original(entries, landmarks, places, *rest)
+        kept = torch.ones_like(result.log_weight[:, 0]) if result.valid is None else result.valid
+        mass = (result.log_weight[:, 0].exp() * kept).sum(1)
+        first = places[:, 0].min().floor()
+        found.extend((mass + (landmarks >= first).sum(1)).tolist())
+        assert not torch.equal(result.log_weight, entries.log_weight)
+        return result
+
+    geometry = cache.layers[0].middle.plan.geometry
+    held = geometry.held(cache.timeline.middle_tokens(0))
+    with mock.patch.object(tiered, "without_landmarks", spy):
+        feed(model, random_ids(2, chunk, seed=1), cache)
+    assert geometry.landmarks > 10
+    assert found == pytest.approx([held] * 4, abs=1e-2)
