@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from adms.binding import Binding
 from adms.config import ADMSConfig, Sizes
 from adms.errors import ADMSTypeError, ADMSValueError, CacheStateError
-from adms.layer import ADMSLayer, LayerCommit, RecentWindow
+from adms.layer import ADMSLayer, LayerCommit, RecentWindow, settle_landmarks
 from adms.positions import ForwardView
 from adms.tiers.exact import (
     Moves,
@@ -53,6 +53,8 @@ class ADMSKVCache(Cache):
     """
 
     layers: list[Any]
+    #: what holds an attention layer's memory
+    layer_class: type[ADMSLayer] = ADMSLayer
 
     def __init__(self, config: ADMSConfig | None = None) -> None:
         if config is not None and not isinstance(config, ADMSConfig):
@@ -91,7 +93,9 @@ class ADMSKVCache(Cache):
             return
         self.binding = binding
         self.layers = [
-            ADMSLayer(self, index) if binding.is_adms_layer(index) else binding.plain_layer(index)
+            self.layer_class(self, index)
+            if binding.is_adms_layer(index)
+            else binding.plain_layer(index)
             for index in range(binding.num_layers)
         ]
         self.spans = binding.new_spans()
@@ -147,6 +151,17 @@ class ADMSKVCache(Cache):
                 "nothing reliable; call cache.reset(), or load a session"
             )
 
+    def fit_before(self, new: list[int]) -> None:
+        """Fits the code to the model if a pass of ``new`` tokens per row is first to need it."""
+        self.binding_for_use.fit_before(self._timeline_for(len(new)), new)
+
+    def _timeline_for(self, batch: int) -> Timeline:
+        """The counts, those of an empty stream of ``batch`` rows before the first token."""
+        if self.timeline is not None and self.timeline.batch_size:
+            return self.timeline
+        binding = self.binding_for_use
+        return Timeline(binding.sizes, binding.block_tokens, [0] * batch, [0] * batch)
+
     def begin(
         self, batch: int, columns: int, valid: torch.Tensor | None, device: torch.device
     ) -> None:
@@ -164,9 +179,7 @@ class ADMSKVCache(Cache):
         binding = self.binding_for_use
         binding.require_active()
         self.require_whole()
-        timeline = self.timeline
-        if timeline is None or timeline.batch_size == 0:
-            timeline = Timeline(binding.sizes, binding.block_tokens, [0] * batch, [0] * batch)
+        timeline = self._timeline_for(batch)
         if timeline.batch_size != batch:
             raise CacheStateError(
                 f"this cache holds {timeline.batch_size} rows, the input has {batch}; use "
@@ -259,6 +272,7 @@ class ADMSKVCache(Cache):
                         timeline, view.new, columns, view.in_ring, after, device
                     )
                 commits.append(layer.prepare(moves_by_device[device], totals, recent))
+            settle_landmarks(layers, commits)
         spans = self._spans_after(view, layers)
         undo = Undo()
         for layer, commit in zip(layers, commits, strict=bool(commits)):

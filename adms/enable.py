@@ -24,15 +24,17 @@ from adms.attention.sparse_prefill import SparsePrefillConfig
 from adms.attention.window import attend_layer
 from adms.binding import Binding
 from adms.cache import ADMSKVCache
+from adms.calibration import Calibration
 from adms.compressors import resolve_compressor
 from adms.compressors.base import LayerContext
 from adms.config import ADMSConfig, Sizes, check_layer_config, config_from, resolve_sizes
 from adms.entries import TokenShape
 from adms.errors import ADMSTypeError, ADMSValueError, CacheStateError
-from adms.gates.coder import GATE_WEIGHT, GatedCompressor
+from adms.gates.coder import put_gate
 from adms.gates.config import AdaptiveUpdateConfig
 from adms.generation import check_generate
 from adms.importance import METRICS
+from adms.moments import fit_to_own_texts, plan_calibration
 from adms.patches import Family, find_family
 from adms.patches.base import bind_method, modeling_function
 from adms.streaming import named_arguments, stream
@@ -68,8 +70,26 @@ class Installation:
     model_key: weakref.ReferenceType[nn.Module]
     undo: list[Undo] = field(default_factory=list)
     active: bool = True
+    own_calibration: Calibration | None = None
 
-    def binding(self, config: ADMSConfig, optional: OptionalLayers) -> Binding:
+    def _own_calibration(self, model: nn.Module) -> Calibration:
+        """The model's calibration to texts of its own, fitted when first needed."""
+        if self.own_calibration is None:
+            self.own_calibration = plan_calibration(model, self.family)
+        return self.own_calibration
+
+    def _fit(self, calibration: Calibration) -> None:
+        model = self.model_key()
+        if model is None:
+            raise CacheStateError("the model of this installation is gone")
+        fit_to_own_texts(model, calibration)
+
+    def binding(
+        self,
+        config: ADMSConfig,
+        optional: OptionalLayers | None = None,
+        calibration: Calibration | None = None,
+    ) -> Binding:
         """A configuration resolved on this model.
 
         Raises:
@@ -81,32 +101,31 @@ class Installation:
         decoder = self.family.decoder(model)
         metric = METRICS.get(config.importance_metric)
         compressor = resolve_compressor(config)
-        update, shared_nbytes = optional.adaptive_update, 0
-        calibrations: tuple[dict[str, torch.Tensor], ...] = ()
-        if update is not None:
+        layers = OptionalLayers() if optional is None else optional
+        gates: tuple[torch.Tensor, ...] = ()
+        if layers.adaptive_update is not None:
             if compressor is None:
                 raise ADMSValueError(
                     "adaptive_update folds tokens that enter the middle, and compressed_budget=0 "
                     "leaves none; give it a budget, or leave adaptive_update out"
                 )
-            if update.gates is not None:
-                update.gates.check_model(model)
-            if not update.is_identity:
-                compressor = GatedCompressor(compressor, update)
-                if update.gates is not None:
-                    calibrations = tuple({GATE_WEIGHT: own} for own in update.gates.weights)
-                    shared_nbytes = update.gates.nbytes
+            compressor, gates = put_gate(compressor, layers.adaptive_update, model)
         block = compressor.block_tokens(config) if compressor is not None else 1
         sizes = resolve_sizes(config, self.family.max_positions(decoder.config), block)
 
+        uses = compressor is not None and compressor.uses_calibration
+        calibration = (calibration or self._own_calibration(model)) if uses else None
+
         def context(layer_idx: int, shape: TokenShape, dtype: torch.dtype) -> LayerContext:
-            calibration = calibrations[layer_idx] if layer_idx < len(calibrations) else {}
-            return LayerContext(shape, dtype, layer_idx, calibration=calibration)
+            own = None if calibration is None else calibration.layers[layer_idx]
+            # A family may keep further layers after those of its attentions.
+            gate = gates[layer_idx] if layer_idx < len(gates) else None
+            return LayerContext(shape, dtype, layer_idx, calibration=own, gate=gate)
 
         def bind(sizes: Sizes, block: int) -> Binding:
             kinds = [*self.family.kinds(decoder), *self.family.further_kinds(decoder, sizes)]
-            if optional.sparse_prefill is not None:
-                optional.sparse_prefill.check_kinds(kinds)
+            if layers.sparse_prefill is not None:
+                layers.sparse_prefill.check_kinds(kinds)
             return Binding(
                 model_key=self.model_key,
                 config=config,
@@ -118,9 +137,11 @@ class Installation:
                 block_tokens=block,
                 is_active=lambda: self.active,
                 context=context,
-                shared_nbytes=shared_nbytes,
-                sparse_prefill=optional.sparse_prefill,
-                integrated_attention=optional.integrated_attention,
+                calibration=calibration,
+                fit=self._fit,
+                gates=gates,
+                sparse_prefill=layers.sparse_prefill,
+                integrated_attention=layers.integrated_attention,
             )
 
         binding = bind(sizes, block if sizes.interval >= block else 1)
@@ -354,7 +375,7 @@ def _decoder_forward(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if named.get("use_cache") is False:
         raise ADMSValueError("use_cache=False with an ADMSKVCache stores nothing; leave it out")
     if cache.binding is None or cache.binding.model_key is not installation.model_key:
-        cache.bind(installation.binding(cache.config, OptionalLayers()))
+        cache.bind(installation.binding(cache.config))
     family = installation.family
     return stream(decoder, forward, cache, named, family.adjust, family.prepare)
 

@@ -12,6 +12,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from adms.compressors.base import Coder, Compressor, LayerContext
 from adms.entries import Entries
@@ -21,9 +22,6 @@ from adms.gates.learned import log_importance
 if TYPE_CHECKING:
     from adms.config import ADMSConfig
     from adms.gates.config import AdaptiveUpdateConfig
-
-# What a gate's weights are called in ``LayerContext.calibration``.
-GATE_WEIGHT = "gate"
 
 
 class GatedCoder(Coder):
@@ -73,7 +71,9 @@ class GatedCoder(Coder):
         hosts = choose_hosts(token_distance(keys, values), self.admitted, scores)
         folded = fold(keys, values, hosts, self.admitted, scores)
         left = Entries(folded.keys.flatten(2, 3), folded.values.flatten(2, 3))
-        records = self.inner.encode(header, left, queries).unflatten(1, (-1, self.inner_records))
+        # No finer than what is kept: landmarks are tokens, and these may stand for several.
+        codes = self.inner.encode(header, left, queries)[..., : self.inner.record_bytes]
+        records = codes.unflatten(1, (-1, self.inner_records))
         # In turn, so that the start of a record is the start of each code in it.
         data = records.transpose(2, 3).flatten(2)
         if not self.folds_once:
@@ -128,6 +128,7 @@ class GatedCompressor(Compressor):
         self.update = update
         self.parameters = inner.parameters
         self.needs_rotation = inner.needs_rotation
+        self.uses_calibration = inner.uses_calibration
         self.name = f"{inner.name} behind {update.describe()}"
 
     def block_tokens(self, config: "ADMSConfig") -> int:
@@ -141,4 +142,20 @@ class GatedCompressor(Compressor):
         """A coder for this layer."""
         inner = self.inner.bind(context, nbytes, config)
         tokens, admitted = self._sizes(config)
-        return GatedCoder(inner, tokens, admitted, context.calibration.get(GATE_WEIGHT))
+        return GatedCoder(inner, tokens, admitted, context.gate)
+
+
+def put_gate(
+    compressor: Compressor, update: "AdaptiveUpdateConfig", model: nn.Module
+) -> tuple[Compressor, tuple[torch.Tensor, ...]]:
+    """The compressor behind its gate, and the weights of learned gates by layer.
+
+    Raises:
+        ADMSValueError: the gates were trained for another model.
+    """
+    if update.gates is not None:
+        update.gates.check_model(model)
+    if update.is_identity:
+        return compressor, ()
+    weights = () if update.gates is None else update.gates.weights
+    return GatedCompressor(compressor, update), weights

@@ -102,7 +102,8 @@ class AdaptiveUpdateConfig:
 
     def describe(self) -> str:
         """What codes depend on, in a few words."""
-        return f"{self.policy} gates ({self.admission:g} of {self.block_tokens})"
+        which = "" if self.gates is None else f" {self.gates.digest()}"
+        return f"{self.policy} gates{which} ({self.admission:g} of {self.block_tokens})"
 
 
 def check_admission(value: Any) -> float:

@@ -7,6 +7,7 @@ constants: a few hundred numbers a layer, in a safetensors file with a descripti
 Shapes: ``L`` layers, ``K`` KV heads, ``D``/``E`` head sizes of keys/values, ``F = K * (D + E)``.
 """
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -110,6 +111,13 @@ class UpdateGates:
     def nbytes(self) -> int:
         """Bytes of all weights."""
         return sum(weight.numel() * weight.element_size() for weight in self.weights)
+
+    def digest(self) -> str:
+        """A few letters that tell these weights from others."""
+        found = hashlib.sha256()
+        for weight in self.weights:
+            found.update(weight.detach().cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()[:12]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file, complete or not at all."""

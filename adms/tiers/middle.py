@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
-from adms.budget import select_landmarks
 from adms.compressors.base import Coder, RawCoder
 from adms.config import ADMSConfig
 from adms.entries import Entries, TokenShape
 from adms.importance import Evidence, Metric, needs_queries
 from adms.positions import MiddleGeometry
-from adms.tiers.landmarks import ALIGNMENT, Landmarks, LandmarkStore
+from adms.tiers.candidates import Candidates
+from adms.tiers.landmarks import ALIGNMENT, LandmarkStore
 from adms.tiers.undo import Undo
 
 
@@ -175,11 +175,13 @@ class MiddleTier:
         """
         coded = [self.plan.geometry.is_coded(total) for total in totals]
         data = self._landmark_bytes(slice(None))
+        codes = self.arena[:, : self._coder.header_bytes]
         if not all(coded):
             # Their bytes there are tokens; read as landmarks they need not even be finite, and a
             # masked entry is still multiplied by zero.
-            data = data * torch.tensor(coded, device=data.device)[:, None]
-        return self._store.decode(data)
+            held = torch.tensor(coded, device=data.device)[:, None]
+            data, codes = data * held, codes * held
+        return self._store.decode(data, codes)
 
     @property
     def _store(self) -> LandmarkStore:
@@ -202,8 +204,10 @@ class MiddleTier:
         sink: int,
         recent: Callable[[int], Entries],
         queries: torch.Tensor | None,
-    ) -> list[Write]:
+    ) -> tuple[list[Write], list[Candidates]]:
         """Works out what arriving tokens change, without changing anything.
+
+        The landmarks are settled over all layers before ``landmark_writes``.
 
         Args:
             leaving: tokens that leave the recent tier, rows padded to the longest.
@@ -227,16 +231,21 @@ class MiddleTier:
             else:
                 turn.append(row)
         writes: list[Write] = []
+        candidates: list[Candidates] = []
         if stay_raw:
             entries = _window(leaving, stay_raw, starts, counts)
             records = self.plan.raw.encode(self.arena[stay_raw][:, :0], entries)
             writes.append(self._ring_write(records, stay_raw, totals, counts, self.plan.raw, 0))
         if stay_coded:
-            writes += self._append(leaving, stay_coded, starts, counts, totals, sink, queries)
+            writes += self._append(
+                leaving, stay_coded, starts, counts, totals, sink, queries, candidates
+            )
         # Happens once in a row's life, so a loop over rows costs nothing that matters.
         for row in turn:
-            writes += self._turn(leaving, row, starts, counts, totals, sink, recent(row), queries)
-        return writes
+            writes += self._turn(
+                leaving, row, starts, counts, totals, sink, recent(row), queries, candidates
+            )
+        return writes, candidates
 
     def apply(self, writes: list[Write]) -> None:
         """Puts prepared bytes in place."""
@@ -261,6 +270,7 @@ class MiddleTier:
         totals: list[int],
         sink: int,
         queries: torch.Tensor | None,
+        candidates: list[Candidates],
     ) -> list[Write]:
         coder = self._coder
         entries = _window(leaving, rows, starts, counts)
@@ -276,11 +286,9 @@ class MiddleTier:
             present = self._landmark_bytes(rows)
             landmark_header = present[:, : self._store.header_bytes]
             evidence = self._evidence(header, records, landmark_header, own_queries)
-            writes.append(
-                self._landmark_write(
-                    rows, entries, tokens, evidence, landmark_header, self._store.read(present)
-                )
-            )
+            arrived = self._candidates(rows, entries, records, tokens, landmark_header, evidence)
+            arrived.present = self._store.read(present)
+            candidates.append(arrived)
         return writes
 
     def _turn(
@@ -293,6 +301,7 @@ class MiddleTier:
         sink: int,
         recent: Entries,
         queries: torch.Tensor | None,
+        candidates: list[Candidates],
     ) -> list[Write]:
         """One row's step from exact to coded."""
         coder, total = self._coder, totals[row]
@@ -314,12 +323,15 @@ class MiddleTier:
         if self.plan.store is not None:
             tokens = sink + torch.arange(size, device=self.arena.device)[None]
             landmark_header = self._store.fit(entries)
+            evidence = self._evidence(header, records, landmark_header, own_queries)
+            landmark_header = self._store.with_scale(
+                landmark_header, self.plan.metric(entries, evidence)
+            )
             writes.append(
                 Write(index, torch.full_like(index, self.plan.landmark_offset), landmark_header)
             )
-            evidence = self._evidence(header, records, landmark_header, own_queries)
-            writes.append(
-                self._landmark_write([row], entries, tokens, evidence, landmark_header, None)
+            candidates.append(
+                self._candidates([row], entries, records, tokens, landmark_header, evidence)
             )
         return writes
 
@@ -330,44 +342,37 @@ class MiddleTier:
         landmark_header: torch.Tensor,
         queries: torch.Tensor | None,
     ) -> Evidence:
-        decoded = self._coder.decode(header, records)
-        spreads = self._store.spreads(landmark_header)
-        return Evidence(queries, decoded, *spreads, self._coder.block_tokens)
+        coder = self._coder
 
-    def _landmark_write(
+        def decode() -> Entries:
+            return coder.decode(header, records[..., : coder.record_bytes])
+
+        return self._store.evidence(landmark_header, queries, decode, coder.block_tokens)
+
+    def _candidates(
         self,
         rows: list[int],
         entries: Entries,
+        records: torch.Tensor,
         tokens: torch.Tensor,
-        evidence: Evidence,
         header: torch.Tensor,
-        present: Landmarks | None,
-    ) -> Write:
-        """The landmarks among ``entries`` and those ``present``, as bytes to put in place."""
-        store, config = self._store, self.plan.config
-        scores = self.plan.metric(entries, evidence).float()
-        records = store.coder.encode(store.means(header), entries)
-        if present is not None:
-            records = torch.cat([present.records, records], dim=1)
-            tokens = torch.cat([present.tokens, tokens], dim=1)
-            scores = torch.cat([present.scores, scores], dim=1)
-        missing = store.count - tokens.shape[1]
-        if missing > 0:
-            records = torch.nn.functional.pad(records, (0, 0, 0, missing))
-            tokens = torch.nn.functional.pad(tokens, (0, missing), value=-1)
-            scores = torch.nn.functional.pad(scores, (0, missing))
-        chosen = select_landmarks(
-            scores,
-            tokens,
-            store.count,
-            segments=config.coverage_segments,
-            priority=config.coverage_priority,
-        )
-        own = torch.arange(chosen.shape[0], device=chosen.device)[:, None]
-        landmarks = Landmarks(records[own, chosen], tokens[own, chosen], scores[own, chosen])
-        index = torch.tensor(rows, device=self.arena.device)
-        start = torch.full_like(index, self.plan.landmark_offset + store.header_bytes)
-        return Write(index, start, store.slots(landmarks))
+        evidence: Evidence,
+    ) -> Candidates:
+        """Arriving tokens with their scores, before it is settled who stays."""
+        store = self._store
+        scores = store.scaled(header, self.plan.metric(entries, evidence).float())
+        return Candidates(rows, store.encode(header, entries, records), tokens, scores, None)
+
+    def landmark_writes(self, candidates: list[Candidates]) -> list[Write]:
+        """Settled landmarks as bytes to put in place."""
+        writes = []
+        for settled in candidates:
+            if settled.present is None:
+                raise RuntimeError("landmarks were written before they were settled")
+            index = torch.tensor(settled.rows, device=self.arena.device)
+            start = torch.full_like(index, self.plan.landmark_offset + self._store.header_bytes)
+            writes.append(Write(index, start, self._store.slots(settled.present)))
+        return writes
 
     def _record_writes(
         self, records: torch.Tensor, rows: list[int], totals: list[int], counts: list[int]
@@ -375,6 +380,7 @@ class MiddleTier:
         """Where new records go, and where the whole ones they displace go once cut."""
         coder = self._coder
         block, whole, cut = coder.block_tokens, coder.num_records, coder.num_coarse
+        records = records[..., : coder.record_bytes]
         writes = [self._ring_write(records, rows, totals, counts, coder, coder.header_bytes)]
         if not cut:
             return writes
