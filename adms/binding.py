@@ -25,6 +25,7 @@ from adms.tiers.middle import MiddlePlan
 from adms.timeline import Timeline
 
 if TYPE_CHECKING:
+    from adms.attention.span_learner import IntegratedAttentionConfig, SpanLearner
     from adms.attention.sparse_prefill import SparsePrefillConfig
 
 # The middle is counted at this many bytes an element, whatever dtype the model runs in.
@@ -100,7 +101,9 @@ class Binding:
         calibration: what is fitted to the model once, shared with its other bindings; None where
             the compressor has no use for it.
         fit: fits that.
+        gates: weights of learned gates, by layer.
         sparse_prefill: how chunks of more than one token attend; None: to everything.
+        integrated_attention: how spans over the recent tier are learned; None: all of it is read.
     """
 
     model_key: weakref.ReferenceType[Any]
@@ -115,7 +118,9 @@ class Binding:
     context: Callable[[int, TokenShape, torch.dtype], LayerContext]
     calibration: Calibration | None = None
     fit: Callable[[Calibration], None] | None = None
+    gates: tuple[torch.Tensor, ...] = ()
     sparse_prefill: "SparsePrefillConfig | None" = None
+    integrated_attention: "IntegratedAttentionConfig | None" = None
     _plans: dict[Any, MiddlePlan | None] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Binding":
@@ -129,7 +134,8 @@ class Binding:
     @property
     def shared_nbytes(self) -> int:
         """Bytes that depend on the model alone; 0 until the code is fitted."""
-        return 0 if self.calibration is None else self.calibration.nbytes
+        gates = sum(weight.numel() * weight.itemsize for weight in self.gates)
+        return gates + (0 if self.calibration is None else self.calibration.nbytes)
 
     def fit_before(self, timeline: Timeline, new: list[int]) -> None:
         """Fits the code to the model if ``new`` tokens per row are the first that need it."""
@@ -151,6 +157,13 @@ class Binding:
                 "the model this cache is bound to was disabled; call enable_adms_llm(model) again "
                 "and use the cache it returns"
             )
+
+    def new_spans(self) -> "SpanLearner | None":
+        """Spans that read everything, to be learned; None where none are asked for."""
+        if self.integrated_attention is None:
+            return None
+        own = [index for index in range(self.num_layers) if self.is_adms_layer(index)]
+        return self.integrated_attention.start(own, self.sizes.recent)
 
     def is_adms_layer(self, layer_idx: int) -> bool:
         """Whether ADMS holds this layer's memory."""
@@ -252,6 +265,8 @@ class Binding:
         total += plan.arena_bytes if plan is not None else 0
         # The pass under way: its tokens, its queries where a commit wants them, one flag a layer.
         total += self.sizes.chunk * token + 1
+        if self.integrated_attention is not None:
+            total += self.integrated_attention.measured_bytes
         if plan is not None and plan.needs_queries:
             heads = kind.num_query_heads
             total += self.sizes.chunk * heads * shape.key_dim * dtype.itemsize

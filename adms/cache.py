@@ -13,7 +13,7 @@ import copy
 import os
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache
@@ -30,6 +30,9 @@ from adms.tiers.exact import (
 from adms.tiers.undo import Undo
 from adms.tiers.window import WindowLayer
 from adms.timeline import Timeline
+
+if TYPE_CHECKING:
+    from adms.attention.span_learner import SpanLearner
 
 
 class _Ticket:
@@ -64,6 +67,7 @@ class ADMSKVCache(Cache):
         self.binding: Binding | None = None
         self.timeline: Timeline | None = None
         self.view: ForwardView | None = None
+        self.spans: SpanLearner | None = None
         self._in_flight: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self._plain_before: list[tuple[Any, dict[str, Any]]] = []
         self._owner: dict[str, weakref.ref[_Ticket]] = {}
@@ -94,6 +98,7 @@ class ADMSKVCache(Cache):
             else binding.plain_layer(index)
             for index in range(binding.num_layers)
         ]
+        self.spans = binding.new_spans()
 
     @property
     def binding_for_use(self) -> Binding:
@@ -194,6 +199,9 @@ class ADMSKVCache(Cache):
             text_positions=not self.config.enable_pos_shift,
             anchor_mode=self.config.anchor_mode,
         )
+        if self.spans is not None:
+            interval, ring = self.config.compression_interval, binding.sizes.ring
+            view.measures_spans = self.spans.is_due(timeline.seen, new, interval, ring)
         # Layers that ADMS leaves alone take their tokens at once, in new tensors.
         self._plain_before = [
             (layer, dict(layer.__dict__))
@@ -217,6 +225,12 @@ class ADMSKVCache(Cache):
                 "this call came from elsewhere"
             )
         return self.view
+
+    def span(self, layer_idx: int) -> int | None:
+        """Tokens of the recent tier that a layer reads in the pass under way; None: all of them."""
+        if self.spans is None or not self.require_view().ring_is_full:
+            return None
+        return self.spans.span(layer_idx)
 
     def in_flight_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows with a real token in this one-token pass, and the ring slots it goes to."""
@@ -259,6 +273,7 @@ class ADMSKVCache(Cache):
                     )
                 commits.append(layer.prepare(moves_by_device[device], totals, recent))
             settle_landmarks(layers, commits)
+        spans = self._spans_after(view, layers)
         undo = Undo()
         for layer, commit in zip(layers, commits, strict=bool(commits)):
             layer.keep_overwritten(commit, moves_by_device[layer.device], undo)
@@ -272,6 +287,7 @@ class ADMSKVCache(Cache):
             # All that tells the new state from the old is this one assignment, so an interrupt
             # falls before it or after it.
             self.timeline = timeline.after(view.new, after, view.columns)
+            self.spans = spans
         except BaseException:
             if self.timeline is timeline:
                 self._broken = True
@@ -279,6 +295,20 @@ class ADMSKVCache(Cache):
                 self._broken = False
             raise
         self._close()
+
+    def _spans_after(self, view: ForwardView, layers: list[ADMSLayer]) -> "SpanLearner | None":
+        """The spans once the pass is committed."""
+        if self.spans is None or not layers or not view.ring_is_full:
+            return self.spans
+        measured = None
+        if view.measures_spans:
+            device = layers[-1].device
+            masses = [layer.recent_mass for layer in layers if layer.recent_mass is not None]
+            if len(masses) < len(layers):
+                raise CacheStateError("a layer's attention did not run in this pass")
+            # One transfer from the device per measured pass.
+            measured = torch.stack([mass.to(device) for mass in masses])
+        return self.spans.after(measured, view.columns)
 
     def rollback(self) -> None:
         """Forgets the pass under way; does nothing where it was committed."""
@@ -361,7 +391,11 @@ class ADMSKVCache(Cache):
             for tensor in layer.tensors():
                 storage = tensor.untyped_storage()
                 storages[storage.data_ptr(), tensor.device] = storage.nbytes()
-        return sum(storages.values())
+        return sum(storages.values()) + self._span_bytes
+
+    @property
+    def _span_bytes(self) -> int:
+        return 0 if self.spans is None else self.spans.nbytes
 
     @property
     def max_nbytes(self) -> int:
@@ -374,9 +408,10 @@ class ADMSKVCache(Cache):
         """
         binding = self.binding_for_use
         batch = self.timeline.batch_size if self.timeline is not None else 1
-        return sum(
+        layers = sum(
             binding.max_layer_bytes(index, layer) for index, layer in enumerate(self.layers)
-        ) * max(batch, 1)
+        )
+        return layers * max(batch, 1) + self._span_bytes
 
     @property
     def shared_nbytes(self) -> int:
@@ -412,7 +447,11 @@ class ADMSKVCache(Cache):
                 "landmarks": geometry.landmarks if coded else 0,
                 "bytes_per_layer_and_row": layer.middle.plan.arena_bytes,
             }
+        optional = {}
+        if self.spans is not None:
+            optional["integrated_attention"] = self.spans.report()
         return {
+            **optional,
             "tokens_seen": seen,
             "batch_size": self.timeline.batch_size,
             "sink": {"tokens": min(evicted, sizes.sink), "capacity": sizes.sink},
@@ -497,6 +536,7 @@ class ADMSKVCache(Cache):
                 layer.reset()
             else:
                 self.layers[index] = self.binding_for_use.plain_layer(index)
+        self.spans = None if self.binding is None else self.binding.new_spans()
         self._broken = False
 
     def _select_rows(self, rows: torch.Tensor) -> None:

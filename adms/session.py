@@ -119,6 +119,7 @@ def load_session(path: str | os.PathLike[str], model: nn.Module, **arguments: An
     reader.check_model(host)
     config = reader.config()
     notes, last_ids = reader.get("notes", dict), reader.last_ids()
+    arguments = {**reader.optional_layers(given=arguments), **arguments}
     stored = reader.calibration(host)
     if stored is not None:
         given = resolve_calibration(host, find_family(host), arguments.pop("calibration", None))

@@ -147,6 +147,27 @@ class MiddleTier:
             raise RuntimeError("a middle without a coder was read as coded")
         return self.plan.coder
 
+    def members(self, totals: list[int]) -> torch.Tensor | None:
+        """Which entry of its record each token is part of: ``[B, R, block_tokens]``.
+
+        Args:
+            totals: tokens that have entered the middle, per row; rows not coded yet have none that
+                mean anything.
+
+        Returns:
+            Records in memory order; None where the coder does not know.
+        """
+        geometry, coder = self.plan.geometry, self._coder
+        most = max(
+            geometry.held(total) // coder.block_tokens if geometry.is_coded(total) else 0
+            for total in totals
+        )
+        found = coder.members(self._records(self.arena, min(most, coder.num_records), cut=False))
+        if found is None or most <= coder.num_records:
+            return found
+        cut = coder.members(self._records(self.arena, most - coder.num_records, cut=True))
+        return found if cut is None else torch.cat([found, cut], dim=1)
+
     def landmarks(self, totals: list[int]) -> tuple[Entries, torch.Tensor]:
         """Entries of the landmarks ``[B, K, L, ...]`` and their text positions ``[B, L]``.
 
