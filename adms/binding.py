@@ -17,6 +17,7 @@ from adms.config import ADMSConfig, Sizes
 from adms.entries import TokenShape
 from adms.errors import CacheStateError
 from adms.importance import Metric
+from adms.kernels import Kernel
 from adms.positions import MiddleGeometry
 from adms.tiers.landmarks import ALIGNMENT, LandmarkStore
 from adms.tiers.middle import MiddlePlan
@@ -95,6 +96,8 @@ class Binding:
         context: makes what the compressor may know of a layer.
         shared_nbytes: bytes that depend on the model alone.
         sparse_prefill: how chunks of more than one token attend; None: to everything.
+        kernel: what decodes single tokens.
+        captures: whether the family's decoder can be captured in a CUDA graph.
     """
 
     model_key: weakref.ReferenceType[Any]
@@ -109,6 +112,8 @@ class Binding:
     context: Callable[[int, TokenShape, torch.dtype], LayerContext]
     shared_nbytes: int = 0
     sparse_prefill: "SparsePrefillConfig | None" = None
+    kernel: Kernel = "auto"
+    captures: bool = False
     _plans: dict[Any, MiddlePlan | None] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Binding":

@@ -26,10 +26,12 @@ from adms.cache import ADMSKVCache
 from adms.compressors import resolve_compressor
 from adms.compressors.base import LayerContext
 from adms.config import ADMSConfig, Sizes, check_layer_config, config_from, resolve_sizes
+from adms.decode import step_attention
 from adms.entries import TokenShape
 from adms.errors import ADMSTypeError, ADMSValueError, CacheStateError
 from adms.generation import check_generate
 from adms.importance import METRICS
+from adms.kernels import Kernel, check_kernel
 from adms.patches import Family, find_family
 from adms.patches.base import bind_method, modeling_function
 from adms.streaming import named_arguments, stream
@@ -47,7 +49,10 @@ class Installation:
     active: bool = True
 
     def binding(
-        self, config: ADMSConfig, sparse_prefill: SparsePrefillConfig | None = None
+        self,
+        config: ADMSConfig,
+        sparse_prefill: SparsePrefillConfig | None = None,
+        kernel: Kernel = "auto",
     ) -> Binding:
         """A configuration resolved on this model.
 
@@ -82,6 +87,8 @@ class Installation:
                 is_active=lambda: self.active,
                 context=context,
                 sparse_prefill=sparse_prefill,
+                kernel=kernel,
+                captures=self.family.captures,
             )
 
         binding = bind(sizes, block if sizes.interval >= block else 1)
@@ -101,6 +108,7 @@ def enable_adms_llm(
     config: ADMSConfig | None = None,
     *,
     sparse_prefill: SparsePrefillConfig | None = None,
+    kernel: Kernel = "auto",
     **parameters: Any,
 ) -> ADMSKVCache:
     """Makes a pretrained model stream in bounded memory and returns a cache for it.
@@ -113,6 +121,9 @@ def enable_adms_llm(
         config: the configuration; or give single parameters of ``ADMSConfig`` instead.
         sparse_prefill: makes chunks of more than one token attend to the blocks that matter most
             to them, in this cache; None attends to everything. It is no part of a saved session.
+        kernel: what decodes single tokens: "triton" (fused kernels in a captured CUDA graph, or an
+            error), "torch" (PyTorch alone, nothing captured), or "auto" (the former on CUDA where
+            the model allows it, saying so where it does not; the latter elsewhere).
         **parameters: parameters of ``ADMSConfig``.
 
     Returns:
@@ -124,6 +135,7 @@ def enable_adms_llm(
         ADMSValueError: a value that cannot work, or that does not fit the model.
     """
     settings = config_from(config, parameters)
+    check_kernel(kernel)
     check_layer_config(sparse_prefill, SparsePrefillConfig, "sparse_prefill")
     if not isinstance(model, nn.Module):
         raise ADMSTypeError(f"model must be a transformers model, got {type(model).__name__}")
@@ -132,10 +144,10 @@ def enable_adms_llm(
     if installation is None:
         family = find_family(host)
         # Resolved on a trial installation first: a refused call must leave the model as it was.
-        Installation(family, weakref.ref(host)).binding(settings, sparse_prefill)
+        Installation(family, weakref.ref(host)).binding(settings, sparse_prefill, kernel)
         installation = _install(host, family)
     cache = ADMSKVCache(settings)
-    cache.bind(installation.binding(settings, sparse_prefill))
+    cache.bind(installation.binding(settings, sparse_prefill, kernel))
     return cache
 
 
@@ -266,13 +278,17 @@ def adms_attention(
     if adms_cache is None:
         function = _base_function(module, base)
         return function(module, query, key, value, attention_mask, **kwargs)
-    scaling = kwargs.get("scaling")
+    given = kwargs.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if given is None else given
     layer_idx: Any = module.layer_idx
+    if adms_cache.require_view().is_step:
+        ring = adms_cache.layers[layer_idx].exact.keys
+        return step_attention(query, key, value, ring, scaling), None
     output = attend_layer(
         adms_cache,
         layer_idx,
         query,
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        scaling,
         dropout=kwargs.get("dropout", 0.0),
         # transformers' own "sdpa" has none; a model that asks for both runs without it there.
         softcap=None if base == "sdpa" else kwargs.get("softcap"),

@@ -21,6 +21,7 @@ from adms.errors import ADMSValueError
 from adms.registry import Registry
 
 if TYPE_CHECKING:
+    from adms.compressors.tables import CodeTables
     from adms.config import ADMSConfig
 
 
@@ -113,6 +114,14 @@ class Coder(ABC):
 
         ``bytes`` is ``record_bytes``, or ``coarse_bytes`` for cut records.
         """
+
+    def tables(self, header: torch.Tensor) -> "CodeTables | None":
+        """How kernels read records without ``decode``, or None where they cannot.
+
+        Args:
+            header: ``[B, header_bytes]``; what is returned may be views of it.
+        """
+        return None
 
 
 class RawCoder(Coder):

@@ -27,6 +27,7 @@ from adms.compressors.base import (
 )
 from adms.compressors.codebooks import GROUP, WORDS, codebooks_on, nearest, shipped
 from adms.compressors.quantized import DEFAULT_STAGES, QuantizedCoder
+from adms.compressors.tables import CodeTables, Projection, views
 from adms.entries import Entries
 
 if TYPE_CHECKING:
@@ -202,6 +203,26 @@ class LowRankCoder(Coder):
             keys.unflatten(2, (heads, -1)).transpose(1, 2).to(self.dtype),
             values.unflatten(2, (heads, -1)).transpose(1, 2).to(self.dtype),
         )
+
+    def tables(self, header: torch.Tensor) -> CodeTables:
+        """Where the code of each group and stage lies in a record, and the two transforms."""
+        parts = views(header, *self.layout)
+        sides = []
+        for gain_start, first in enumerate((0, 4)):
+            mean, basis, scale, deviation = parts[first : first + 4]
+            factor = scale.float() * deviation.float()
+            sides.append(Projection(basis[:, None], factor[:, None], mean[:, None], gain_start, 0))
+        stages, groups = len(shipped()[0]), (self.key_coded + self.value_coded) // GROUP
+        group, stage = parts[8].long(), parts[9].long()
+        # The allocation's padding goes to a stage of its own, which is dropped.
+        index = stage.clamp(max=stages) * groups + group
+        at = torch.arange(GAIN_BYTES, GAIN_BYTES + self.code_bytes, device=header.device)
+        offsets = torch.full(
+            (len(header), (stages + 1) * groups), -1, dtype=torch.int32, device=header.device
+        )
+        offsets.scatter_(1, index, at.to(torch.int32).expand(len(header), -1))
+        offsets = offsets.unflatten(1, (stages + 1, groups))[:, :stages]
+        return CodeTables(offsets, sides[0], sides[1], gain_steps=GAIN_STEPS)
 
 
 def _coded(channels: int, share: float, rank: int | None) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from adms.compressors.quantized import QuantizedCoder
+from adms.compressors.tables import CodeTables
 from adms.entries import Entries, TokenShape
 
 STAGES = 5
@@ -77,6 +78,15 @@ class LandmarkStore:
     def means(self, header: torch.Tensor) -> torch.Tensor:
         """The coder's part of the header."""
         return header[:, SPREAD_BYTES : SPREAD_BYTES + self.coder.header_bytes]
+
+    def records(self, data: torch.Tensor) -> torch.Tensor:
+        """Codes ``[B, L, bytes]`` in the bytes ``[B, nbytes]``, without a copy."""
+        slots = data[:, self.header_bytes : self.nbytes].unflatten(1, (self.count, self.slot_bytes))
+        return slots[..., : self.coder.record_bytes]
+
+    def tables(self, data: torch.Tensor) -> CodeTables | None:
+        """How kernels read ``records`` of these bytes."""
+        return self.coder.tables(self.means(data[:, : self.header_bytes]))
 
     def read(self, data: torch.Tensor) -> Landmarks:
         """Landmarks from the bytes ``[B, nbytes]`` that hold them."""

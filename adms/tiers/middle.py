@@ -82,9 +82,15 @@ class Write:
 class MiddleTier:
     """The middle of one layer: an arena of bytes and the functions over it."""
 
-    def __init__(self, plan: MiddlePlan, rows: int, device: torch.device) -> None:
+    def __init__(self, plan: MiddlePlan, arena: torch.Tensor) -> None:
         self.plan = plan
-        self.arena = torch.zeros(rows, plan.arena_bytes, dtype=torch.uint8, device=device)
+        self.arena = arena
+
+    @classmethod
+    def empty(cls, plan: MiddlePlan, rows: int, device: torch.device) -> "MiddleTier":
+        """A middle without tokens."""
+        arena = torch.zeros(rows, plan.arena_bytes, dtype=torch.uint8, device=device)
+        return cls(plan, arena)
 
     def tensors(self) -> list[torch.Tensor]:
         """Everything this tier stores."""
@@ -160,6 +166,18 @@ class MiddleTier:
             data = data * torch.tensor(coded, device=data.device)[:, None]
         return self._store.decode(data)
 
+    def landmark_bytes(self) -> torch.Tensor:
+        """``[B, bytes]`` of all rows' landmarks."""
+        return self._landmark_bytes(slice(None))
+
+    def landmark_records(self) -> torch.Tensor:
+        """Codes of all rows' landmarks ``[B, L, bytes]``, without a copy."""
+        return self._store.records(self.landmark_bytes())
+
+    def records(self) -> torch.Tensor:
+        """All records ``[B, R, bytes]`` of rows that are coded, without a copy."""
+        return self._records(self.arena, self._coder.num_records, cut=False)
+
     @property
     def _store(self) -> LandmarkStore:
         if self.plan.store is None:
@@ -168,7 +186,14 @@ class MiddleTier:
 
     def _landmark_bytes(self, rows: list[int] | slice) -> torch.Tensor:
         start = self.plan.landmark_offset
-        return self.arena[rows][:, start : start + self._store.nbytes]
+        return self._bytes(rows, start, start + self._store.nbytes)
+
+    def _bytes(self, rows: list[int] | slice, start: int, stop: int) -> torch.Tensor:
+        """Some bytes of some rows; a view where it can be one."""
+        part = self.arena[:, start:stop]
+        if rows == slice(None) or rows == list(range(len(part))):
+            return part
+        return part[rows]
 
     # --- writing -----------------------------------------------------------------------------
 
@@ -208,7 +233,7 @@ class MiddleTier:
         writes: list[Write] = []
         if stay_raw:
             entries = _window(leaving, stay_raw, starts, counts)
-            records = self.plan.raw.encode(self.arena[stay_raw][:, :0], entries)
+            records = self.plan.raw.encode(self._bytes(stay_raw, 0, 0), entries)
             writes.append(self._ring_write(records, stay_raw, totals, counts, self.plan.raw, 0))
         if stay_coded:
             writes += self._append(leaving, stay_coded, starts, counts, totals, sink, queries)
@@ -243,7 +268,7 @@ class MiddleTier:
     ) -> list[Write]:
         coder = self._coder
         entries = _window(leaving, rows, starts, counts)
-        header = self.arena[rows][:, : coder.header_bytes]
+        header = self._bytes(rows, 0, coder.header_bytes)
         own_queries = None if queries is None else queries[rows]
         records = coder.encode(header, entries, own_queries)
         writes = self._record_writes(records, rows, totals, counts)
@@ -325,8 +350,11 @@ class MiddleTier:
         """The landmarks among ``entries`` and those ``present``, as bytes to put in place."""
         store, config = self._store, self.plan.config
         scores = self.plan.metric(entries, evidence).float()
-        records = store.coder.encode(store.means(header), entries)
+        size = store.coder.record_bytes
+        records = tokens.new_zeros(*tokens.shape, size, dtype=torch.uint8)
+        held = 0
         if present is not None:
+            held = present.tokens.shape[1]
             records = torch.cat([present.records, records], dim=1)
             tokens = torch.cat([present.tokens, tokens], dim=1)
             scores = torch.cat([present.scores, scores], dim=1)
@@ -342,6 +370,16 @@ class MiddleTier:
             segments=config.coverage_segments,
             priority=config.coverage_priority,
         )
+        # Few of those that arrive are chosen, and only these need a code.
+        row, place = ((chosen >= held) & (tokens.gather(1, chosen) >= 0)).nonzero().unbind(1)
+        if len(row):
+            column = chosen[row, place]
+            arrived = Entries(
+                entries.keys[row, :, column - held, None].contiguous(),
+                entries.values[row, :, column - held, None].contiguous(),
+            )
+            means = store.means(header).expand(len(tokens), -1)[row]
+            records[row, column] = store.coder.encode(means, arrived)[:, 0]
         own = torch.arange(chosen.shape[0], device=chosen.device)[:, None]
         landmarks = Landmarks(records[own, chosen], tokens[own, chosen], scores[own, chosen])
         index = torch.tensor(rows, device=self.arena.device)
