@@ -30,7 +30,7 @@ from adms.tiers.window import WindowLayer
 from adms.timeline import Timeline
 
 if TYPE_CHECKING:
-    from adms.decode import DecodeStep
+    from adms.step import DecodeStep
 
 
 class _Ticket:
@@ -249,7 +249,7 @@ class ADMSKVCache(Cache):
         after = timeline.evicted_after(view.new)
         if not view.is_step:
             self._require_finite([*layers, *windows])
-        elif after != timeline.evicted:
+        elif after != timeline.evicted or view.device.type == "cpu":
             # What is not finite must not be coded; else there is time until the next call.
             self._require_finite_step()
         works: list[_Work] = []

@@ -26,7 +26,6 @@ from adms.cache import ADMSKVCache
 from adms.compressors import resolve_compressor
 from adms.compressors.base import LayerContext
 from adms.config import ADMSConfig, Sizes, check_layer_config, config_from, resolve_sizes
-from adms.decode import step_attention
 from adms.entries import TokenShape
 from adms.errors import ADMSTypeError, ADMSValueError, CacheStateError
 from adms.generation import check_generate
@@ -34,6 +33,7 @@ from adms.importance import METRICS
 from adms.kernels import Kernel, check_kernel
 from adms.patches import Family, find_family
 from adms.patches.base import bind_method, modeling_function
+from adms.step import step_attention
 from adms.streaming import named_arguments, stream
 
 Undo = Callable[[], None]

@@ -4,9 +4,12 @@ Shapes: ``R`` rows or 1 where all rows agree, ``C`` coded channels of a block of
 elements of a block.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
+
+from adms.compressors.codebooks import GROUP
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,28 @@ class CodeTables:
 
         return CodeTables(
             cut(self.offsets), of(self.keys), of(self.values), self.half_gain, self.gain_steps
+        )
+
+    def trimmed(self) -> "CodeTables":
+        """Without the last groups of blocks that no record has a code for; asks the device."""
+        split = self.keys.blocks * self.keys.channels // GROUP
+        offsets, sides = [], []
+        for side, own in (
+            (self.keys, self.offsets[..., :split]),
+            (self.values, self.offsets[..., split:]),
+        ):
+            per_block = own.unflatten(2, (side.blocks, -1))
+            used = (per_block >= 0).flatten(0, 2).any(0).nonzero()
+            count = int(used[-1]) + 1 if len(used) else 1
+            offsets.append(per_block[..., :count].flatten(2))
+            width = count * GROUP
+            sides.append(
+                dataclasses.replace(
+                    side, basis=side.basis[:, :, :width], factor=side.factor[:, :, :width]
+                )
+            )
+        return dataclasses.replace(
+            self, offsets=torch.cat(offsets, dim=2), keys=sides[0], values=sides[1]
         )
 
 
