@@ -204,6 +204,8 @@ class ADMSKVCache(Cache):
             if not isinstance(layer, ADMSLayer)
         ]
         self._in_flight = {}
+        if self.step is not None and columns > 1:
+            self.step.release()
         # In this order: a view without its timeline is nothing, and rollback sees that.
         self.view = view
         self.timeline = timeline
@@ -270,7 +272,9 @@ class ADMSKVCache(Cache):
             self.timeline = timeline.after(view.new, after, view.columns)
             if self.step is not None and (works or not view.is_step):
                 self.step.stale = True
-            self._unchecked = view if view.is_step and not works else None
+            if view.is_step and not works and view.device.type != "cpu":
+                view.release()
+                self._unchecked = view
         except BaseException:
             if self.timeline is timeline:
                 self._broken = True
@@ -440,8 +444,21 @@ class ADMSKVCache(Cache):
         return (
             sum(binding.max_layer_bytes(index, layer) for index, layer in enumerate(self.layers))
             * max(batch, 1)
-            + self._step_bytes
+            + self._step_excess
         )
+
+    @property
+    def _step_excess(self) -> int:
+        """What a step holds beyond the place that a chunk's tokens may take at other times."""
+        if self.step is None or self.step.captures:
+            return self._step_bytes
+        slots = self.sizes.sink + self.sizes.ring
+        staged = sum(
+            part.nbytes // slots * self.sizes.chunk
+            for layer in self.layers
+            for part in layer.exact.tensors()
+        )
+        return max(0, self._step_bytes - staged)
 
     @property
     def shared_nbytes(self) -> int:

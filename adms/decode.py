@@ -67,6 +67,8 @@ def _obstacle(cache: ADMSKVCache, view: ForwardView, arguments: dict[str, Any]) 
         return "the architecture does more in a pass than a graph can hold"
     if view.device.type == "cuda" and not has_triton():
         return "Triton is not installed"
+    if any(layer.device != view.device for layer in cache.layers):
+        return "the model has moved to another device, or is on several"
     if not all(view.new) or view.column_valid is not None:
         return "a row has no token in this pass"
     given = [name for name, value in arguments.items() if value is not None and value is not False]

@@ -68,8 +68,9 @@ class ADMSLayer(CacheLayerMixin):
             ADMSValueError: heads, head sizes or dtype are not those the layer was filled with.
         """
         view = self.cache.require_view()
-        if view.is_step:
+        if view.is_step and self.exact is not None:
             # Attention stores them on its way.
+            self._require_alike(self.exact, key_states, value_states)
             return key_states, value_states
         if self.exact is None:
             self.lazy_initialization(key_states, value_states)

@@ -148,6 +148,13 @@ class ForwardView:
         """Rows of the positions: 1 where all agree."""
         return len(self._counts[0])
 
+    def release(self) -> None:
+        """Lets go of every tensor; the counts stay."""
+        self._middles.clear()
+        self._spans.clear()
+        self.shared.clear()
+        self.__dict__.pop("counts", None)
+
     def columns_of(self, row: int) -> list[int]:
         """The columns of this pass that hold a row's real tokens."""
         if self._columns_valid is None:

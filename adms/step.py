@@ -92,6 +92,16 @@ class DecodeStep:
         own = [self.flags, self.flags_host, self.inputs, getattr(self.output, "hidden", None)]
         return held + [part for part in own if part is not None]
 
+    @property
+    def captures(self) -> bool:
+        """Whether a graph reads the buffers, which then stay where they are."""
+        return self.device.type == "cuda"
+
+    def release(self) -> None:
+        """Lets go of what the next step makes anew, where nothing was captured."""
+        if not self.captures:
+            self.held = self.inputs = self.output = self.key = None
+
     # --- a pass ----------------------------------------------------------------------------------
 
     def run(self, forward: Callable[..., Any], arguments: dict[str, Any], view: ForwardView) -> Any:

@@ -184,16 +184,18 @@ def coded_tiles(
             factor + row * factor_row + block * factor_block + c, mask=c < channels, other=0.0
         )
         coded = (coded * scale[None, :]).to(CODE_KIND)
-        at = basis + row * basis_row + block * basis_block + c[:, None] * basis_channel + column
+        at_basis = (
+            basis + row * basis_row + block * basis_block + c[:, None] * basis_channel + column
+        )
         inside = (c < channels)[:, None]
-        b1 = tl.load(at + d[None, :], mask=inside, other=0).to(CODE_KIND)
-        b2 = tl.load(at + F + d[None, :], mask=inside, other=0).to(CODE_KIND)
+        b1 = tl.load(at_basis + d[None, :], mask=inside, other=0).to(CODE_KIND)
+        b2 = tl.load(at_basis + F + d[None, :], mask=inside, other=0).to(CODE_KIND)
         k1 += tl.dot(coded, b1, input_precision="ieee")
         k2 += tl.dot(coded, b2, input_precision="ieee")
     gain = _gain(records, at_record, held, gain_start + block * gain_stride, HALF, STEPS)
-    at = mean + row * mean_row + block * mean_block + column + d
-    k1 = k1 * gain[:, None] + tl.load(at).to(tl.float32)[None, :]
-    k2 = k2 * gain[:, None] + tl.load(at + F).to(tl.float32)[None, :]
+    at_mean = mean + row * mean_row + block * mean_block + column + d
+    k1 = k1 * gain[:, None] + tl.load(at_mean).to(tl.float32)[None, :]
+    k2 = k2 * gain[:, None] + tl.load(at_mean + F).to(tl.float32)[None, :]
     score = _scores(q1, q2, k1, k2, cos, sin, n, held, row, t_row, t_entry, scaling, F, KIND)
     shown = held & (tl.load(valid + row * valid_row + n, mask=held, other=0) != 0)
     if HIDDEN:
@@ -261,19 +263,19 @@ def _projected(
     e = tl.arange(0, 2 * F)
     block = kv // SHARE
     column = (kv % SHARE) * 2 * F
-    at = mean + row * mean_row + block * mean_block + column + e
-    out = tl.load(at).to(tl.float32) * mass
+    at_mean = mean + row * mean_row + block * mean_block + column + e
+    out = tl.load(at_mean).to(tl.float32) * mass
     for start in range(0, channels, CHUNK):
         c = start + tl.arange(0, CHUNK)
         inside = c < channels
-        at = totals + (base * tiles + t)[:, None] * channels + c[None, :]
-        parts = tl.load(at, mask=(t < tiles)[:, None] & inside[None, :], other=0.0)
+        at_sum = totals + (base * tiles + t)[:, None] * channels + c[None, :]
+        parts = tl.load(at_sum, mask=(t < tiles)[:, None] & inside[None, :], other=0.0)
         summed = tl.sum(parts * counts[:, None], axis=0)
         scale = tl.load(
             factor + row * factor_row + block * factor_block + c, mask=inside, other=0.0
         )
-        at = basis + row * basis_row + block * basis_block + c[:, None] * basis_channel
-        rows = tl.load(at + column + e[None, :], mask=inside[:, None], other=0).to(tl.float32)
+        at_basis = basis + row * basis_row + block * basis_block + c[:, None] * basis_channel
+        rows = tl.load(at_basis + column + e[None, :], mask=inside[:, None], other=0).to(tl.float32)
         out += tl.sum((summed * scale)[:, None] * rows, axis=0)
     return out
 
