@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from adms.calibration import Calibration
 from adms.compressors.base import Coder, Compressor, LayerContext, RawCoder
 from adms.config import ADMSConfig, Sizes
 from adms.entries import TokenShape
@@ -54,7 +55,9 @@ class PositionScheme(Protocol):
         """
 
 
-def _rotate(scheme: PositionScheme, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def rotate_to(
+    scheme: PositionScheme, states: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
     """States ``[B, heads, N, D]`` at positions ``[1 or B, N]``."""
     return scheme.rotate(states, scheme.tables(positions, states, positions))
 
@@ -94,7 +97,9 @@ class Binding:
         contexts: per layer, what the compressor may know of it.
         is_active: asks whether the model is still enabled.
         context: makes what the compressor may know of a layer.
-        shared_nbytes: bytes that depend on the model alone.
+        calibration: what is fitted to the model once, shared with its other bindings; None where
+            the compressor has no use for it.
+        fit: fits that.
         sparse_prefill: how chunks of more than one token attend; None: to everything.
         kernel: what decodes single tokens.
         captures: whether the family's decoder can be captured in a CUDA graph.
@@ -110,7 +115,8 @@ class Binding:
     block_tokens: int
     is_active: Callable[[], bool]
     context: Callable[[int, TokenShape, torch.dtype], LayerContext]
-    shared_nbytes: int = 0
+    calibration: Calibration | None = None
+    fit: Callable[[Calibration], None] | None = None
     sparse_prefill: "SparsePrefillConfig | None" = None
     kernel: Kernel = "auto"
     captures: bool = False
@@ -123,6 +129,24 @@ class Binding:
     def num_layers(self) -> int:
         """Attention layers of the model."""
         return len(self.kinds)
+
+    @property
+    def shared_nbytes(self) -> int:
+        """Bytes that depend on the model alone; 0 until the code is fitted."""
+        return 0 if self.calibration is None else self.calibration.nbytes
+
+    def fit_before(self, timeline: Timeline, new: list[int]) -> None:
+        """Fits the code to the model if ``new`` tokens per row are the first that need it."""
+        calibration = self.calibration
+        if calibration is None or calibration.is_fitted or self.fit is None:
+            return
+        tokens = self.sizes.budget - self.sizes.waiting
+        if timeline.batch_size != len(new):
+            # Refused when the pass begins.
+            return
+        after = timeline.evicted_after(new)
+        if max(after) - self.sizes.sink > tokens and self.codes_anything:
+            self.fit(calibration)
 
     def require_active(self) -> None:
         """Raises ``CacheStateError`` once the model was disabled or is gone."""
@@ -173,7 +197,7 @@ class Binding:
             return None
         context = self.context(layer_idx, shape, dtype)
         if self.compressor.needs_rotation:
-            rotate = partial(_rotate, self.kinds[layer_idx].scheme)
+            rotate = partial(rotate_to, self.kinds[layer_idx].scheme)
             context = replace(context, rotate=rotate, distance=sizes.recent)
         key = (layer_idx if context.is_layer_specific else -1, shape, dtype)
         if key not in self._plans:
@@ -189,9 +213,11 @@ class Binding:
         # Counted like everything of the middle, at two bytes an element whatever the dtype.
         store = None
         if config.importance_ratio > 0:
-            store = LandmarkStore.within(shape, dtype, int(coded_bytes * config.importance_ratio))
+            codes = compressor.bind(context, coded_bytes, config)
+            most = int(coded_bytes * config.importance_ratio)
+            store = LandmarkStore.within(shape, dtype, most, codes)
             if store.count < config.min_importance_tokens:
-                least = LandmarkStore(shape, dtype, config.min_importance_tokens)
+                least = LandmarkStore(shape, dtype, config.min_importance_tokens, codes)
                 # At most half, so that a small budget still codes something.
                 store = least if least.nbytes <= coded_bytes // 2 else store
             store = store if store.count else None

@@ -21,9 +21,8 @@ from transformers.cache_utils import Cache
 from adms.binding import Binding
 from adms.config import ADMSConfig, Sizes
 from adms.errors import ADMSTypeError, ADMSValueError, CacheStateError
-from adms.layer import ADMSLayer, LayerCommit, RecentWindow
+from adms.layer import ADMSLayer, LayerCommit, RecentWindow, settle_landmarks
 from adms.positions import ForwardView
-from adms.stack import MOST_ROWS, alike, part, stack
 from adms.tiers.exact import Moves, plan_moves
 from adms.tiers.undo import Undo
 from adms.tiers.window import WindowLayer
@@ -38,7 +37,7 @@ class _Ticket:
 
 
 class _Work(NamedTuple):
-    """What a commit does to one layer, or to several as one."""
+    """What a commit does to one layer."""
 
     layer: ADMSLayer
     moves: Moves
@@ -59,6 +58,8 @@ class ADMSKVCache(Cache):
     """
 
     layers: list[Any]
+    #: what holds an attention layer's memory
+    layer_class: type[ADMSLayer] = ADMSLayer
 
     def __init__(self, config: ADMSConfig | None = None) -> None:
         if config is not None and not isinstance(config, ADMSConfig):
@@ -101,7 +102,9 @@ class ADMSKVCache(Cache):
             return
         self.binding = binding
         self.layers = [
-            ADMSLayer(self, index) if binding.is_adms_layer(index) else binding.plain_layer(index)
+            self.layer_class(self, index)
+            if binding.is_adms_layer(index)
+            else binding.plain_layer(index)
             for index in range(binding.num_layers)
         ]
 
@@ -157,6 +160,17 @@ class ADMSKVCache(Cache):
                 "nothing reliable; call cache.reset(), or load a session"
             )
 
+    def fit_before(self, new: list[int]) -> None:
+        """Fits the code to the model if a pass of ``new`` tokens per row is first to need it."""
+        self.binding_for_use.fit_before(self._timeline_for(len(new)), new)
+
+    def _timeline_for(self, batch: int) -> Timeline:
+        """The counts, those of an empty stream of ``batch`` rows before the first token."""
+        if self.timeline is not None and self.timeline.batch_size:
+            return self.timeline
+        binding = self.binding_for_use
+        return Timeline(binding.sizes, binding.block_tokens, [0] * batch, [0] * batch)
+
     def begin(
         self, batch: int, columns: int, valid: torch.Tensor | None, device: torch.device
     ) -> None:
@@ -175,9 +189,7 @@ class ADMSKVCache(Cache):
         binding.require_active()
         self.require_whole()
         self._settle()
-        timeline = self.timeline
-        if timeline is None or timeline.batch_size == 0:
-            timeline = Timeline(binding.sizes, binding.block_tokens, [0] * batch, [0] * batch)
+        timeline = self._timeline_for(batch)
         if timeline.batch_size != batch:
             raise CacheStateError(
                 f"this cache holds {timeline.batch_size} rows, the input has {batch}; use "
@@ -257,6 +269,7 @@ class ADMSKVCache(Cache):
         works: list[_Work] = []
         if not view.in_ring or after != timeline.evicted:
             works = self._works(layers, timeline, view, after)
+            settle_landmarks([work.layer for work in works], [work.commit for work in works])
         undo = Undo()
         for work in works:
             work.layer.keep_overwritten(work.commit, work.moves, undo)
@@ -286,32 +299,21 @@ class ADMSKVCache(Cache):
     def _works(
         self, layers: list[ADMSLayer], timeline: Timeline, view: ForwardView, after: list[int]
     ) -> list["_Work"]:
-        """What a commit does, for layers that are alike together where the pass is one token."""
-        batch = timeline.batch_size
-        columns = [view.columns_of(row) for row in range(batch)]
-        plans: dict[tuple[torch.device, int, int], Moves] = {}
+        """What a commit does to each layer."""
+        columns = [view.columns_of(row) for row in range(timeline.batch_size)]
+        totals = [timeline.middle_tokens(row) for row in range(timeline.batch_size)]
+        fresh = view.new if view.in_ring else [0] * timeline.batch_size
+        written = [seen + count for seen, count in zip(timeline.seen, fresh, strict=True)]
+        recent = RecentWindow(timeline, written, columns, after)
+        plans: dict[torch.device, Moves] = {}
         works = []
-        groups = alike(layers) if view.in_ring else [[layer] for layer in layers]
-        for group in groups:
-            joined = stack(group)
-            for start in range(0, len(group) * batch, MOST_ROWS):
-                stop = min(start + MOST_ROWS, len(group) * batch)
-                rows = [row % batch for row in range(start, stop)]
-                own, new = timeline.of_rows(rows), [view.new[row] for row in rows]
-                own_after = [after[row] for row in rows]
-                own_columns = [columns[row] for row in rows]
-                key = (joined.device, rows[0], len(rows))
-                if key not in plans:
-                    plans[key] = plan_moves(
-                        own, new, own_columns, view.in_ring, own_after, joined.device
-                    )
-                fresh = new if view.in_ring else [0] * len(rows)
-                written = [seen + count for seen, count in zip(own.seen, fresh, strict=True)]
-                recent = RecentWindow(own, written, own_columns, own_after)
-                totals = [own.middle_tokens(row) for row in range(len(rows))]
-                layer = part(joined, start, stop)
-                commit = layer.prepare(plans[key], totals, recent)
-                works.append(_Work(layer, plans[key], commit))
+        for layer in layers:
+            if layer.device not in plans:
+                plans[layer.device] = plan_moves(
+                    timeline, view.new, columns, view.in_ring, after, layer.device
+                )
+            moves = plans[layer.device]
+            works.append(_Work(layer, moves, layer.prepare(moves, totals, recent)))
         return works
 
     def rollback(self) -> None:

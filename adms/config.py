@@ -61,7 +61,7 @@ class ADMSConfig:
     compression_interval: int = 8
     svd_max_tokens: int = 512
     importance_ratio: float = 0.1
-    importance_metric: str = "coding_error"
+    importance_metric: str = "novelty"
     min_importance_tokens: int = 4
     use_adaptive_budget: bool = False
     coverage_segments: int = 4

@@ -14,7 +14,6 @@ from adms.kernels import has_triton
 from adms.kernels.decode_attention import rotate
 from adms.layer import ADMSLayer
 from adms.positions import ForwardView
-from adms.stack import alike
 from adms.step import DecodeStep, phase_of
 
 logger = logging.getLogger("adms")
@@ -79,8 +78,8 @@ def _obstacle(cache: ADMSKVCache, view: ForwardView, arguments: dict[str, Any]) 
         layers = [layer for layer in cache.layers if isinstance(layer, ADMSLayer)]
         if len(layers) < len(cache.layers):
             return "some layers have windows of their own"
-        if len(alike(layers)) > 1:
-            return "the layers differ in shape, device or plan"
+        if len({_form(layer) for layer in layers}) > 1:
+            return "the layers differ in shape, or in what their middle holds"
         plan = layers[0].middle.plan if layers[0].middle is not None else None
         if plan is not None and plan.needs_queries:
             return "the compressor or the importance metric asks for the queries of every token"
@@ -95,6 +94,14 @@ def _obstacle(cache: ADMSKVCache, view: ForwardView, arguments: dict[str, Any]) 
     if not phases <= set(PHASES[view.device.type]):
         return f"nothing is coded yet, and the model is on {view.device.type}"
     return None
+
+
+def _form(layer: ADMSLayer) -> object:
+    """What layers of one step have in common."""
+    if layer.exact is None:
+        raise RuntimeError("a layer without tiers was asked for its form")
+    shape = (layer.exact.keys.shape, layer.exact.values.shape, layer.dtype)
+    return shape, None if layer.middle is None else layer.middle.plan.geometry
 
 
 def _turns_halves(scheme: PositionScheme, layer: ADMSLayer) -> bool:

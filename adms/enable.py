@@ -23,6 +23,7 @@ from adms.attention.sparse_prefill import SparsePrefillConfig
 from adms.attention.window import attend_layer
 from adms.binding import Binding
 from adms.cache import ADMSKVCache
+from adms.calibration import Calibration
 from adms.compressors import resolve_compressor
 from adms.compressors.base import LayerContext
 from adms.config import ADMSConfig, Sizes, check_layer_config, config_from, resolve_sizes
@@ -31,6 +32,7 @@ from adms.errors import ADMSTypeError, ADMSValueError, CacheStateError
 from adms.generation import check_generate
 from adms.importance import METRICS
 from adms.kernels import Kernel, check_kernel
+from adms.moments import fit_to_own_texts, plan_calibration
 from adms.patches import Family, find_family
 from adms.patches.base import bind_method, modeling_function
 from adms.step import step_attention
@@ -47,11 +49,25 @@ class Installation:
     model_key: weakref.ReferenceType[nn.Module]
     undo: list[Undo] = field(default_factory=list)
     active: bool = True
+    own_calibration: Calibration | None = None
+
+    def _own_calibration(self, model: nn.Module) -> Calibration:
+        """The model's calibration to texts of its own, fitted when first needed."""
+        if self.own_calibration is None:
+            self.own_calibration = plan_calibration(model, self.family)
+        return self.own_calibration
+
+    def _fit(self, calibration: Calibration) -> None:
+        model = self.model_key()
+        if model is None:
+            raise CacheStateError("the model of this installation is gone")
+        fit_to_own_texts(model, calibration)
 
     def binding(
         self,
         config: ADMSConfig,
         sparse_prefill: SparsePrefillConfig | None = None,
+        calibration: Calibration | None = None,
         kernel: Kernel = "auto",
     ) -> Binding:
         """A configuration resolved on this model.
@@ -68,8 +84,12 @@ class Installation:
         block = compressor.block_tokens(config) if compressor is not None else 1
         sizes = resolve_sizes(config, self.family.max_positions(decoder.config), block)
 
+        uses = compressor is not None and compressor.uses_calibration
+        calibration = (calibration or self._own_calibration(model)) if uses else None
+
         def context(layer_idx: int, shape: TokenShape, dtype: torch.dtype) -> LayerContext:
-            return LayerContext(shape, dtype, layer_idx)
+            own = None if calibration is None else calibration.layers[layer_idx]
+            return LayerContext(shape, dtype, layer_idx, calibration=own)
 
         def bind(sizes: Sizes, block: int) -> Binding:
             kinds = [*self.family.kinds(decoder), *self.family.further_kinds(decoder, sizes)]
@@ -89,6 +109,8 @@ class Installation:
                 sparse_prefill=sparse_prefill,
                 kernel=kernel,
                 captures=self.family.captures,
+                calibration=calibration,
+                fit=self._fit,
             )
 
         binding = bind(sizes, block if sizes.interval >= block else 1)
@@ -144,10 +166,10 @@ def enable_adms_llm(
     if installation is None:
         family = find_family(host)
         # Resolved on a trial installation first: a refused call must leave the model as it was.
-        Installation(family, weakref.ref(host)).binding(settings, sparse_prefill, kernel)
+        Installation(family, weakref.ref(host)).binding(settings, sparse_prefill, kernel=kernel)
         installation = _install(host, family)
     cache = ADMSKVCache(settings)
-    cache.bind(installation.binding(settings, sparse_prefill, kernel))
+    cache.bind(installation.binding(settings, sparse_prefill, kernel=kernel))
     return cache
 
 

@@ -125,17 +125,4 @@ def describe_codes(binding: Binding) -> dict[str, Any] | None:
     if binding.compressor is None:
         return None
     books = hashlib.sha256(shipped()[0].contiguous().numpy().tobytes()).hexdigest()
-    calibration = hashlib.sha256()
-    is_calibrated = False
-    for index, kind in enumerate(binding.kinds):
-        tensors = binding.context(index, kind.shape, binding.dtype).calibration
-        for name in sorted(tensors):
-            is_calibrated = True
-            part = tensors[name].detach().cpu().contiguous()
-            calibration.update(f"{index} {name} {part.dtype} {tuple(part.shape)}".encode())
-            calibration.update(part.view(torch.uint8).numpy().tobytes())
-    return {
-        "compressor": binding.compressor.name,
-        "codebooks": books,
-        "calibration": calibration.hexdigest() if is_calibrated else None,
-    }
+    return {"compressor": binding.compressor.name, "codebooks": books}

@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 from adms.entries import Entries, TokenShape
 from adms.errors import ADMSValueError
 from adms.positions import ForwardView
+from adms.tiers.candidates import Candidates, settle
 from adms.tiers.exact import ExactTier, Moves, keep_overwritten, leaving_entries, write_moves
 from adms.tiers.middle import MiddleTier, Write
 from adms.tiers.undo import Undo
@@ -153,10 +154,11 @@ class ADMSLayer(CacheLayerMixin):
             raise RuntimeError("a commit without tiers")
         leaving = None
         writes: list[Write] = []
+        candidates: list[Candidates] = []
         if moves.num_leaving:
             leaving = leaving_entries(self.exact, self.staged, moves)
             if self.middle is not None and any(moves.middle_count):
-                writes = self.middle.prepare(
+                writes, candidates = self.middle.prepare(
                     leaving,
                     moves.middle_start,
                     moves.middle_count,
@@ -165,7 +167,7 @@ class ADMSLayer(CacheLayerMixin):
                     lambda row: recent.entries(self, row),
                     self.queries,
                 )
-        return LayerCommit(leaving, writes)
+        return LayerCommit(leaving, writes, candidates)
 
     def keep_overwritten(self, commit: "LayerCommit", moves: Moves, undo: Undo) -> None:
         """Keeps what ``apply`` will overwrite."""
@@ -255,11 +257,29 @@ def _moved(tensor: torch.Tensor, change: Any) -> torch.Tensor:
 
 
 class LayerCommit:
-    """One layer's part of a commit: the tokens that leave and the bytes to write."""
+    """One layer's part of a commit: what leaves, bytes to write, and who could be a landmark."""
 
-    def __init__(self, leaving: Entries | None, writes: list[Write]) -> None:
+    def __init__(
+        self, leaving: Entries | None, writes: list[Write], candidates: list[Candidates]
+    ) -> None:
         self.leaving = leaving
         self.writes = writes
+        self.candidates = candidates
+
+
+def settle_landmarks(layers: list[ADMSLayer], commits: list[LayerCommit]) -> None:
+    """Chooses the landmarks of all layers together and adds the bytes that hold them."""
+    asked = [
+        (layer.middle, commit)
+        for layer, commit in zip(layers, commits, strict=True)
+        if layer.middle is not None and commit.candidates
+    ]
+    if not asked:
+        return
+    counts = [middle.plan.geometry.landmarks for middle, _ in asked]
+    settle([commit.candidates for _, commit in asked], counts, asked[0][0].plan.config)
+    for middle, commit in asked:
+        commit.writes += middle.landmark_writes(commit.candidates)
 
 
 class RecentWindow:

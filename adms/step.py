@@ -10,7 +10,6 @@ heads, ``S`` exact slots, ``N`` entries of the middle, ``M`` landmarks, ``D`` he
 """
 
 import contextlib
-import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,7 +23,6 @@ from adms.kernels.decode_attention import decode_attention, write_token
 from adms.kernels.parts import CodedPart, ExactPart, is_among
 from adms.layer import ADMSLayer
 from adms.positions import ForwardView, MiddleView
-from adms.stack import stack
 from adms.step_buffers import Held, Shared
 from adms.tiers.middle import MiddleTier
 from adms.timeline import ring_tokens
@@ -48,11 +46,10 @@ class DecodeStep:
     def __init__(self, cache: ADMSKVCache, decoder: nn.Module) -> None:
         self.decoder = weakref.ref(decoder)
         self.layers: list[ADMSLayer] = list(cache.layers)
-        self.joined = stack(self.layers)
-        if self.joined.exact is None or cache.timeline is None:
+        if self.layers[0].exact is None or cache.timeline is None:
             raise RuntimeError("a step was made for a cache without tokens")
         self.batch = cache.timeline.batch_size
-        self.device = self.joined.exact.keys.device
+        self.device = self.layers[0].exact.keys.device
         self.fused = self.device.type == "cuda"
         self.scheme = cache.binding_for_use.kinds[0].scheme
         embedding = getattr(self.scheme, "embedding", None)
@@ -109,7 +106,7 @@ class DecodeStep:
         view.is_step = True
         name = "input_ids" if arguments.get("inputs_embeds") is None else "inputs_embeds"
         given = arguments[name]
-        middle = self.joined.middle
+        middle = self.layers[0].middle
         phase = phase_of(middle, view.timeline.middle_tokens(0))
         key = (view.rows, phase, name, given.dtype)
         if key != self.key:
@@ -182,7 +179,7 @@ class DecodeStep:
 
     def _held(self, view: ForwardView) -> Held:
         """From the host's counts, by the same rules as any other pass."""
-        sizes, middle = view.sizes, self.joined.middle
+        sizes, middle = view.sizes, self.layers[0].middle
         geometry = None if middle is None else middle.plan.geometry
         sinks = torch.arange(sizes.sink, device=self.device).expand(view.rows, -1)
         evicted = view.evicted[:, None]
@@ -211,21 +208,15 @@ class DecodeStep:
     def _hold_landmarks(
         self, held: Held, view: ForwardView, found: MiddleView, middle: MiddleTier
     ) -> None:
-        geometry, copies = middle.plan.geometry, len(self.layers)
-        _, tokens = middle.landmarks([FULL] * middle.arena.shape[0])
-        if view.rows > 1:
-            found = dataclasses.replace(
-                found,
-                landmark_first=found.landmark_first.repeat(copies),
-                landmark_span=found.landmark_span.repeat(copies),
-                scale=found.scale.repeat(copies),
-            )
+        geometry = middle.plan.geometry
+        # The same in all layers, which choose them together.
+        tokens = middle.landmark_tokens()
         held.mark_positions = landmark_positions(tokens, found, view)
         held.mark_valid = tokens >= 0
         # Counted from the oldest token that has a code, which stays exact however long the stream.
         totals = [view.timeline.middle_tokens(row) for row in range(self.batch)]
         first = torch.tensor(
-            [view.sizes.sink + total - geometry.held(total) for total in totals] * copies,
+            [view.sizes.sink + total - geometry.held(total) for total in totals],
             device=self.device,
         )
         hidden = torch.where(held.mark_valid, tokens - first[:, None], -1).clamp(min=-1)
@@ -235,24 +226,19 @@ class DecodeStep:
 
     def _shared(self) -> Shared:
         """From the buffers alone, on the device."""
-        held, middle = self.held, self.joined.middle
-        if held is None or self.joined.exact is None:
+        held = self.held
+        exact = self.layers[0].exact
+        if held is None or exact is None:
             raise RuntimeError("a step before its buffers")
         self.flags.zero_()
-        sizes, like = self.joined.cache.sizes, self.joined.exact.keys
+        sizes, like = self.layers[0].cache.sizes, exact.keys
         slots = sizes.sink + held.seen % sizes.ring
         cos, sin = self.scheme.tables(held.positions, like, held.positions)
         count = held.tokens.shape[1]
         own = torch.arange(len(slots), device=self.device)
-        tables = mark_tables = marks = None
-        if middle is not None and self.phase == "coded":
-            coder = middle.plan.coder
-            if coder is not None and not coder.num_coarse:
-                tables = coder.tables(middle.arena[:, : coder.header_bytes])
-            if held.mark_positions is not None and middle.plan.store is not None:
-                places = held.mark_positions
-                marks = self.scheme.tables(places, like, places)
-                mark_tables = middle.plan.store.tables(middle.landmark_bytes())
+        marks = None
+        if held.mark_positions is not None:
+            marks = self.scheme.tables(held.mark_positions, like, held.mark_positions)
         return Shared(
             slots=slots,
             query=(cos[own, slots], sin[own, slots]),
@@ -260,8 +246,6 @@ class DecodeStep:
             valid=held.kept & (held.tokens <= held.seen[:, None]),
             middle=(cos[:, count:], sin[:, count:]),
             marks=marks,
-            tables=tables,
-            mark_tables=mark_tables,
         )
 
     # --- one layer -------------------------------------------------------------------------------
@@ -289,7 +273,7 @@ class DecodeStep:
         parts = [ExactPart(exact.keys, exact.values, *shared.exact, shared.valid)]
         coded: list[CodedPart] = []
         if layer.middle is not None and self.phase != "empty":
-            self._add_middle(layer.middle, index, shared, parts, coded)
+            self._add_middle(layer.middle, shared, parts, coded)
         output = decode_attention(
             query[:, :, 0], *shared.query, parts, coded, scaling=scaling, fused=self.fused
         )
@@ -298,7 +282,6 @@ class DecodeStep:
     def _add_middle(
         self,
         middle: MiddleTier,
-        index: int,
         shared: Shared,
         parts: list[ExactPart],
         coded: list[CodedPart],
@@ -306,11 +289,10 @@ class DecodeStep:
         held = self.held
         if held is None or held.valid is None:
             raise RuntimeError("a middle before its buffers")
-        start, stop = index * self.batch, (index + 1) * self.batch
-        hidden = None if held.hidden is None else held.hidden[start:stop]
+        hidden = held.hidden
         order = held.order if hidden is not None else None
-        if shared.tables is not None:
-            tables = shared.tables.rows(start, stop)
+        tables, mark_tables = middle.tables() if self.phase == "coded" else (None, None)
+        if tables is not None:
             records = middle.records()[:, : held.valid.shape[1]]
             coded.append(CodedPart(records, tables, *shared.middle, held.valid, order, hidden))
         else:
@@ -328,14 +310,13 @@ class DecodeStep:
             parts.append(ExactPart(keys, values, *shared.middle, valid, weight))
         if shared.marks is None or held.mark_valid is None:
             return
-        cos, sin = (table[start:stop] for table in shared.marks)
-        shown = held.mark_valid[start:stop]
-        if shared.mark_tables is not None:
-            tables = shared.mark_tables.rows(start, stop)
-            coded.append(CodedPart(middle.landmark_records(), tables, cos, sin, shown))
+        shown = held.mark_valid
+        if mark_tables is not None:
+            records = middle.landmark_records()
+            coded.append(CodedPart(records, mark_tables, *shared.marks, shown))
         else:
             marks, _ = middle.landmarks([FULL] * self.batch)
-            parts.append(ExactPart(marks.keys, marks.values, cos, sin, shown))
+            parts.append(ExactPart(marks.keys, marks.values, *shared.marks, shown))
 
 
 # Steps by the place of a layer's ring. Torch's compiler sees an attention that is given the ring,

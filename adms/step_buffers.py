@@ -1,14 +1,12 @@
 """What a static pass of one token reads beside the tiers: kept between passes, or made in each.
 
-Shapes: ``L`` layers, ``B`` rows, ``R`` rows or 1 where all rows agree, ``S`` exact slots, ``N``
+Shapes: ``B`` rows, ``R`` rows or 1 where all rows agree, ``S`` exact slots, ``N``
 entries of the middle, ``M`` landmarks.
 """
 
 import dataclasses
 
 import torch
-
-from adms.compressors.tables import CodeTables
 
 
 @dataclasses.dataclass
@@ -22,9 +20,9 @@ class Held:
         positions: ``[R, S + N]`` float32 cache positions of exact slots and the middle.
         valid: ``[R, N]`` which entries of the middle are there.
         order: ``[R, N]`` int32 their numbers.
-        mark_positions: ``[L * B, M]`` float32.
-        mark_valid: ``[L * B, M]``.
-        hidden: ``[L * B, M]`` int32 numbers of the entries that landmarks stand for.
+        mark_positions: ``[B, M]`` float32.
+        mark_valid: ``[B, M]``.
+        hidden: ``[B, M]`` int32 numbers of the entries that landmarks stand for.
     """
 
     seen: torch.Tensor
@@ -57,5 +55,3 @@ class Shared:
     valid: torch.Tensor
     middle: tuple[torch.Tensor, torch.Tensor]
     marks: tuple[torch.Tensor, torch.Tensor] | None
-    tables: CodeTables | None
-    mark_tables: CodeTables | None

@@ -67,9 +67,10 @@ def stream(
             own = _slice_arguments(arguments, start, stop, columns)
             own_valid = None if valid is None else valid[:, start:stop]
             try:
+                width = stop - start
+                new = [width] * batch if own_valid is None else own_valid.sum(1).tolist()
+                cache.fit_before(new)
                 if prepare is not None:
-                    width = stop - start
-                    new = [width] * batch if own_valid is None else own_valid.sum(1).tolist()
                     with torch.no_grad():
                         prepare(decoder, forward, cache, new)
                 cache.begin(batch, stop - start, own_valid, inputs.device)

@@ -11,11 +11,12 @@ keys/values.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from adms.calibration import LayerCalibration
 from adms.entries import Entries, TokenShape
 from adms.errors import ADMSValueError
 from adms.registry import Registry
@@ -35,7 +36,7 @@ class LayerContext:
         layer_idx: which layer.
         value_metric: ``[K, E, E]`` how errors in values reach the layer's output (the mean over a
             KV head's query heads of ``W_o^T W_o``), or None if unknown.
-        calibration: tensors of this layer from ``adms.calibrate``, by name; empty without.
+        calibration: the model's own directions for this layer; None without a model.
         rotate: brings states ``[B, heads, N, D]`` to positions ``[1 or B, N]``; None where they
             need none, or are not known.
         distance: positions between a token that enters the middle and the newest one.
@@ -45,15 +46,15 @@ class LayerContext:
     dtype: torch.dtype = torch.float32
     layer_idx: int = 0
     value_metric: torch.Tensor | None = None
-    calibration: dict[str, torch.Tensor] = field(default_factory=dict)
+    calibration: LayerCalibration | None = None
     rotate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     distance: int = 0
 
     @property
     def is_layer_specific(self) -> bool:
         """Whether layers of equal shape may still differ in what a compressor may know."""
-        known = (self.value_metric, self.rotate)
-        return bool(self.calibration) or any(part is not None for part in known)
+        known = (self.value_metric, self.rotate, self.calibration)
+        return any(part is not None for part in known)
 
 
 class Coder(ABC):
@@ -66,6 +67,8 @@ class Coder(ABC):
         coarse_bytes: bytes that an old record is cut to, where codes are embedded (every prefix is
             a coarser code); 0 where records are never cut.
         num_coarse: cut records that fit beside the whole ones.
+        fine_bytes: bytes of the finest code that ``encode`` gives, of which a record is the
+            start: landmarks keep it whole; 0 where ``encode`` gives records.
         block_tokens: tokens of one record.
         entries_per_record: entries that a record decodes to.
         fit_tokens: most tokens that ``fit`` makes use of.
@@ -77,6 +80,7 @@ class Coder(ABC):
     num_records: int = 0
     coarse_bytes: int = 0
     num_coarse: int = 0
+    fine_bytes: int = 0
     block_tokens: int = 1
     entries_per_record: int = 1
     fit_tokens: int = 512
@@ -106,20 +110,24 @@ class Coder(ABC):
     def encode(
         self, header: torch.Tensor, entries: Entries, queries: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Records ``[B, N / block_tokens, record_bytes]`` (uint8) of the entries' tokens."""
+        """Records (uint8) of the entries' tokens, in their finest form.
+
+        ``[B, N / block_tokens, fine_bytes or record_bytes]``.
+        """
 
     @abstractmethod
     def decode(self, header: torch.Tensor, records: torch.Tensor) -> Entries:
         """Entries ``[B, K, R * entries_per_record, ...]`` of ``records [B, R, bytes]``.
 
-        ``bytes`` is ``record_bytes``, or ``coarse_bytes`` for cut records.
+        ``bytes`` is ``record_bytes``, ``coarse_bytes`` for cut records, ``fine_bytes`` for whole.
         """
 
-    def tables(self, header: torch.Tensor) -> "CodeTables | None":
+    def tables(self, header: torch.Tensor, record_bytes: int) -> "CodeTables | None":
         """How kernels read records without ``decode``, or None where they cannot.
 
         Args:
             header: ``[B, header_bytes]``; what is returned may be views of it.
+            record_bytes: bytes of the records that are read.
         """
         return None
 
@@ -186,11 +194,13 @@ class Compressor(ABC):
         parameters: names of the ``ADMSConfig`` parameters that it uses beside the common ones; one
             that it does not use raises when set explicitly.
         needs_rotation: whether its coders make use of ``LayerContext.rotate``.
+        uses_calibration: whether its coders make use of ``LayerContext.calibration``.
     """
 
     name: str = ""
     parameters: frozenset[str] = frozenset()
     needs_rotation: bool = False
+    uses_calibration: bool = False
 
     def block_tokens(self, config: "ADMSConfig") -> int:
         """Tokens that are coded together."""
@@ -242,7 +252,8 @@ class Compressor(ABC):
                 f"{coder.block_tokens}, got {count} tokens; give more bytes or whole blocks"
             )
         header = coder.fit(entries, queries)
-        return Block(coder, header, coder.encode(header, entries, queries))
+        records = coder.encode(header, entries, queries)[..., : coder.record_bytes]
+        return Block(coder, header, records)
 
 
 def require_finite(entries: Entries) -> None:

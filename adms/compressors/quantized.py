@@ -103,7 +103,7 @@ class QuantizedCoder(Coder):
         values = self._decode(records[..., self.key_bytes :], value_mean)
         return Entries(keys, values)
 
-    def tables(self, header: torch.Tensor) -> CodeTables | None:
+    def tables(self, header: torch.Tensor, record_bytes: int) -> CodeTables | None:
         """Every head is a block of its own; the basis is the fixed rotation."""
         if self.shape.key_dim % GROUP or self.shape.value_dim % GROUP:
             return None

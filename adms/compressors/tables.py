@@ -60,19 +60,10 @@ class CodeTables:
     half_gain: bool = False
     gain_steps: int = 8
 
-    def rows(self, start: int, stop: int) -> "CodeTables":
-        """The tables of some rows."""
-
-        def cut(part: torch.Tensor) -> torch.Tensor:
-            return part if part.shape[0] == 1 else part[start:stop]
-
-        def of(side: Projection) -> Projection:
-            parts = [cut(part) for part in (side.basis, side.factor, side.mean)]
-            return Projection(parts[0], parts[1], parts[2], side.gain_start, side.gain_stride)
-
-        return CodeTables(
-            cut(self.offsets), of(self.keys), of(self.values), self.half_gain, self.gain_steps
-        )
+    def cut(self, record_bytes: int) -> "CodeTables":
+        """The tables of records that end earlier."""
+        offsets = torch.where(self.offsets < record_bytes, self.offsets, -1)
+        return dataclasses.replace(self, offsets=offsets)
 
     def trimmed(self) -> "CodeTables":
         """Without the last groups of blocks that no record has a code for; asks the device."""

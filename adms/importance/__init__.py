@@ -1,6 +1,13 @@
 """Importance metrics: entries (and evidence) to scores, one metric a file."""
 
-from adms.importance import attention, coding_error, expected_attention, key_diff, norms
+from adms.importance import (
+    attention,
+    coding_error,
+    expected_attention,
+    key_diff,
+    norms,
+    novelty,
+)
 from adms.importance.base import METRICS, Evidence, Metric, needs_queries, register_metric
 
 __all__ = [
@@ -13,5 +20,6 @@ __all__ = [
     "key_diff",
     "needs_queries",
     "norms",
+    "novelty",
     "register_metric",
 ]

@@ -6,6 +6,7 @@ size of keys/values.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -20,18 +21,29 @@ class Evidence:
     Attributes:
         queries: ``[B, H, Q, D]`` the pass's queries before positions; only for metrics with an
             attribute ``needs_queries``.
-        decoded: what the tokens' codes decode to, keys ``[B, K, N, D]``; fewer entries where a
-            compressor folds several tokens into one.
+        decode: gives ``decoded``, which not every metric looks at.
         key_spread: ``[B]`` mean squared distance of a key from the mean, all heads together.
         value_spread: ``[B]`` the same of values.
         block_tokens: tokens that were coded together.
+        key_mean: ``[B, K, D]`` mean key of the stream's first tokens; None where there were none.
+        key_directions: ``[B, K, R, D]`` orthonormal directions along which those vary most.
     """
 
     queries: torch.Tensor | None
-    decoded: Entries
+    decode: Callable[[], Entries]
     key_spread: torch.Tensor
     value_spread: torch.Tensor
     block_tokens: int = 1
+    key_mean: torch.Tensor | None = None
+    key_directions: torch.Tensor | None = None
+
+    @cached_property
+    def decoded(self) -> Entries:
+        """What the tokens' codes decode to, keys ``[B, K, N, D]``.
+
+        Fewer entries where a compressor folds several tokens into one.
+        """
+        return self.decode()
 
 
 # Entries and evidence -> scores [B, N], higher is more important.

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 
 import torch
 
-from adms.budget import select_landmarks
 from adms.compressors.base import Coder, RawCoder
+from adms.compressors.tables import CodeTables
 from adms.config import ADMSConfig
 from adms.entries import Entries, TokenShape
 from adms.importance import Evidence, Metric, needs_queries
 from adms.positions import MiddleGeometry
-from adms.tiers.landmarks import ALIGNMENT, Landmarks, LandmarkStore
+from adms.tiers.candidates import Candidates
+from adms.tiers.landmarks import ALIGNMENT, LandmarkStore
 from adms.tiers.undo import Undo
 
 
@@ -160,11 +161,13 @@ class MiddleTier:
         """
         coded = [self.plan.geometry.is_coded(total) for total in totals]
         data = self._landmark_bytes(slice(None))
+        codes = self.arena[:, : self._coder.header_bytes]
         if not all(coded):
             # Their bytes there are tokens; read as landmarks they need not even be finite, and a
             # masked entry is still multiplied by zero.
-            data = data * torch.tensor(coded, device=data.device)[:, None]
-        return self._store.decode(data)
+            held = torch.tensor(coded, device=data.device)[:, None]
+            data, codes = data * held, codes * held
+        return self._store.decode(data, codes)
 
     def landmark_bytes(self) -> torch.Tensor:
         """``[B, bytes]`` of all rows' landmarks."""
@@ -173,6 +176,23 @@ class MiddleTier:
     def landmark_records(self) -> torch.Tensor:
         """Codes of all rows' landmarks ``[B, L, bytes]``, without a copy."""
         return self._store.records(self.landmark_bytes())
+
+    def landmark_tokens(self) -> torch.Tensor:
+        """Text positions ``[B, L]`` of all rows' landmarks, -1 where a slot is empty."""
+        return self._store.read(self.landmark_bytes()).tokens
+
+    def tables(self) -> tuple[CodeTables | None, CodeTables | None]:
+        """How kernels read ``records`` and ``landmark_records``; None where they cannot."""
+        coder, store = self._coder, self.plan.store
+        header = self.arena[:, : coder.header_bytes]
+        if store is None or store.own is not None:
+            whole = None if coder.num_coarse else coder.tables(header, coder.record_bytes)
+            return whole, None if store is None else store.tables(self.landmark_bytes())
+        fine = coder.tables(header, store.record_bytes)
+        if coder.num_coarse or fine is None:
+            return None, fine
+        # A record is the start of a landmark's.
+        return fine.cut(coder.record_bytes), fine
 
     def records(self) -> torch.Tensor:
         """All records ``[B, R, bytes]`` of rows that are coded, without a copy."""
@@ -206,8 +226,10 @@ class MiddleTier:
         sink: int,
         recent: Callable[[int], Entries],
         queries: torch.Tensor | None,
-    ) -> list[Write]:
+    ) -> tuple[list[Write], list[Candidates]]:
         """Works out what arriving tokens change, without changing anything.
+
+        The landmarks are settled over all layers before ``landmark_writes``.
 
         Args:
             leaving: tokens that leave the recent tier, rows padded to the longest.
@@ -231,16 +253,21 @@ class MiddleTier:
             else:
                 turn.append(row)
         writes: list[Write] = []
+        candidates: list[Candidates] = []
         if stay_raw:
             entries = _window(leaving, stay_raw, starts, counts)
             records = self.plan.raw.encode(self._bytes(stay_raw, 0, 0), entries)
             writes.append(self._ring_write(records, stay_raw, totals, counts, self.plan.raw, 0))
         if stay_coded:
-            writes += self._append(leaving, stay_coded, starts, counts, totals, sink, queries)
+            writes += self._append(
+                leaving, stay_coded, starts, counts, totals, sink, queries, candidates
+            )
         # Happens once in a row's life, so a loop over rows costs nothing that matters.
         for row in turn:
-            writes += self._turn(leaving, row, starts, counts, totals, sink, recent(row), queries)
-        return writes
+            writes += self._turn(
+                leaving, row, starts, counts, totals, sink, recent(row), queries, candidates
+            )
+        return writes, candidates
 
     def apply(self, writes: list[Write]) -> None:
         """Puts prepared bytes in place."""
@@ -265,6 +292,7 @@ class MiddleTier:
         totals: list[int],
         sink: int,
         queries: torch.Tensor | None,
+        candidates: list[Candidates],
     ) -> list[Write]:
         coder = self._coder
         entries = _window(leaving, rows, starts, counts)
@@ -280,11 +308,9 @@ class MiddleTier:
             present = self._landmark_bytes(rows)
             landmark_header = present[:, : self._store.header_bytes]
             evidence = self._evidence(header, records, landmark_header, own_queries)
-            writes.append(
-                self._landmark_write(
-                    rows, entries, tokens, evidence, landmark_header, self._store.read(present)
-                )
-            )
+            arrived = self._candidates(rows, entries, records, tokens, landmark_header, evidence)
+            arrived.present = self._store.read(present)
+            candidates.append(arrived)
         return writes
 
     def _turn(
@@ -297,6 +323,7 @@ class MiddleTier:
         sink: int,
         recent: Entries,
         queries: torch.Tensor | None,
+        candidates: list[Candidates],
     ) -> list[Write]:
         """One row's step from exact to coded."""
         coder, total = self._coder, totals[row]
@@ -318,12 +345,15 @@ class MiddleTier:
         if self.plan.store is not None:
             tokens = sink + torch.arange(size, device=self.arena.device)[None]
             landmark_header = self._store.fit(entries)
+            evidence = self._evidence(header, records, landmark_header, own_queries)
+            landmark_header = self._store.with_scale(
+                landmark_header, self.plan.metric(entries, evidence)
+            )
             writes.append(
                 Write(index, torch.full_like(index, self.plan.landmark_offset), landmark_header)
             )
-            evidence = self._evidence(header, records, landmark_header, own_queries)
-            writes.append(
-                self._landmark_write([row], entries, tokens, evidence, landmark_header, None)
+            candidates.append(
+                self._candidates([row], entries, records, tokens, landmark_header, evidence)
             )
         return writes
 
@@ -334,57 +364,37 @@ class MiddleTier:
         landmark_header: torch.Tensor,
         queries: torch.Tensor | None,
     ) -> Evidence:
-        decoded = self._coder.decode(header, records)
-        spreads = self._store.spreads(landmark_header)
-        return Evidence(queries, decoded, *spreads, self._coder.block_tokens)
+        coder = self._coder
 
-    def _landmark_write(
+        def decode() -> Entries:
+            return coder.decode(header, records[..., : coder.record_bytes])
+
+        return self._store.evidence(landmark_header, queries, decode, coder.block_tokens)
+
+    def _candidates(
         self,
         rows: list[int],
         entries: Entries,
+        records: torch.Tensor,
         tokens: torch.Tensor,
-        evidence: Evidence,
         header: torch.Tensor,
-        present: Landmarks | None,
-    ) -> Write:
-        """The landmarks among ``entries`` and those ``present``, as bytes to put in place."""
-        store, config = self._store, self.plan.config
-        scores = self.plan.metric(entries, evidence).float()
-        size = store.coder.record_bytes
-        records = tokens.new_zeros(*tokens.shape, size, dtype=torch.uint8)
-        held = 0
-        if present is not None:
-            held = present.tokens.shape[1]
-            records = torch.cat([present.records, records], dim=1)
-            tokens = torch.cat([present.tokens, tokens], dim=1)
-            scores = torch.cat([present.scores, scores], dim=1)
-        missing = store.count - tokens.shape[1]
-        if missing > 0:
-            records = torch.nn.functional.pad(records, (0, 0, 0, missing))
-            tokens = torch.nn.functional.pad(tokens, (0, missing), value=-1)
-            scores = torch.nn.functional.pad(scores, (0, missing))
-        chosen = select_landmarks(
-            scores,
-            tokens,
-            store.count,
-            segments=config.coverage_segments,
-            priority=config.coverage_priority,
-        )
-        # Few of those that arrive are chosen, and only these need a code.
-        row, place = ((chosen >= held) & (tokens.gather(1, chosen) >= 0)).nonzero().unbind(1)
-        if len(row):
-            column = chosen[row, place]
-            arrived = Entries(
-                entries.keys[row, :, column - held, None].contiguous(),
-                entries.values[row, :, column - held, None].contiguous(),
-            )
-            means = store.means(header).expand(len(tokens), -1)[row]
-            records[row, column] = store.coder.encode(means, arrived)[:, 0]
-        own = torch.arange(chosen.shape[0], device=chosen.device)[:, None]
-        landmarks = Landmarks(records[own, chosen], tokens[own, chosen], scores[own, chosen])
-        index = torch.tensor(rows, device=self.arena.device)
-        start = torch.full_like(index, self.plan.landmark_offset + store.header_bytes)
-        return Write(index, start, store.slots(landmarks))
+        evidence: Evidence,
+    ) -> Candidates:
+        """Arriving tokens with their scores, before it is settled who stays."""
+        store = self._store
+        scores = store.scaled(header, self.plan.metric(entries, evidence).float())
+        return Candidates(rows, store.encode(header, entries, records), tokens, scores, None)
+
+    def landmark_writes(self, candidates: list[Candidates]) -> list[Write]:
+        """Settled landmarks as bytes to put in place."""
+        writes = []
+        for settled in candidates:
+            if settled.present is None:
+                raise RuntimeError("landmarks were written before they were settled")
+            index = torch.tensor(settled.rows, device=self.arena.device)
+            start = torch.full_like(index, self.plan.landmark_offset + self._store.header_bytes)
+            writes.append(Write(index, start, self._store.slots(settled.present)))
+        return writes
 
     def _record_writes(
         self, records: torch.Tensor, rows: list[int], totals: list[int], counts: list[int]
@@ -392,6 +402,7 @@ class MiddleTier:
         """Where new records go, and where the whole ones they displace go once cut."""
         coder = self._coder
         block, whole, cut = coder.block_tokens, coder.num_records, coder.num_coarse
+        records = records[..., : coder.record_bytes]
         writes = [self._ring_write(records, rows, totals, counts, coder, coder.header_bytes)]
         if not cut:
             return writes

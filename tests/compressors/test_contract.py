@@ -90,7 +90,7 @@ def test_one_block_alone(name: str) -> None:
     entries, queries = tokens(3, coder.block_tokens), some_queries(3, count=1)
     header = coder.fit(entries, queries)
     records = coder.encode(header, entries, queries)
-    assert records.shape == (1, 1, coder.record_bytes)
+    assert records.shape == (1, 1, coder.fine_bytes or coder.record_bytes)
     decoded = coder.decode(header, records)
     assert decoded.num_entries == coder.entries_per_record
     assert decoded.keys.isfinite().all() and decoded.values.isfinite().all()
@@ -173,7 +173,8 @@ def test_records_have_their_size_and_decode_to_finite_entries(
     header = coder.fit(entries, queries)
     assert header.shape == (1, coder.header_bytes) and header.dtype == torch.uint8
     records = coder.encode(header, entries, queries)
-    assert records.shape == (1, blocks, coder.record_bytes) and records.dtype == torch.uint8
+    size = coder.fine_bytes or coder.record_bytes
+    assert records.shape == (1, blocks, size) and records.dtype == torch.uint8
     decoded = coder.decode(header, records)
     assert decoded.keys.shape == (1, 2, blocks * coder.entries_per_record, 16)
     assert decoded.values.shape == (1, 2, blocks * coder.entries_per_record, 8)

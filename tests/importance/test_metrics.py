@@ -27,7 +27,7 @@ def evidence_of(entries: Entries, queries: torch.Tensor | None = None) -> Eviden
     if queries is None:
         queries = random(9, rows, H, Q, D)
     decoded = Entries(entries.keys * 0.9, entries.values * 0.9)
-    return Evidence(queries, decoded, torch.full((rows,), 12.0), torch.full((rows,), 10.0))
+    return Evidence(queries, lambda: decoded, torch.full((rows,), 12.0), torch.full((rows,), 10.0))
 
 
 def test_the_metrics_of_the_design_are_there() -> None:
@@ -48,7 +48,7 @@ def test_finite_on_degenerate_tokens(name: str) -> None:
     keys[1] = 1e4
     values[1] = 1e4
     entries = Entries(keys, values)
-    evidence = Evidence(random(0, 2, H, Q, D), entries, torch.zeros(2), torch.zeros(2))
+    evidence = Evidence(random(0, 2, H, Q, D), lambda: entries, torch.zeros(2), torch.zeros(2))
     assert METRICS.get(name)(entries, evidence).isfinite().all()
 
 
@@ -84,7 +84,7 @@ def test_metrics_of_queries_ask_for_them_and_skip_padding(name: str) -> None:
         atol=1e-5,
         rtol=1e-5,
     )
-    none = Evidence(None, entries, torch.ones(2), torch.ones(2))
+    none = Evidence(None, lambda: entries, torch.ones(2), torch.ones(2))
     with pytest.raises(ADMSValueError, match=f"'{name}' looks at queries, and none were kept"):
         metric(entries, none)
 
@@ -120,7 +120,7 @@ def test_expected_attention_is_what_gaussian_queries_pay() -> None:
     mean = torch.randn(D, generator=generator)
     queries = torch.randn(1, 1, 100_000, D, generator=generator) @ spread.T + mean
     entries = Entries(random(5, 1, 1, N, D), random(6, 1, 1, N, E))
-    evidence = Evidence(queries, entries, torch.ones(1), torch.ones(1))
+    evidence = Evidence(queries, lambda: entries, torch.ones(1), torch.ones(1))
     actual = METRICS.get("expected_attention")(entries, evidence)[0]
     scores = queries[0, 0].double() @ entries.keys[0, 0].double().T / D**0.5
     expected = scores.exp().mean(0) / scores.exp().mean(0).sum()

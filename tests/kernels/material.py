@@ -56,7 +56,7 @@ def coded_rows(
         )
         entries = Entries(keys, values)
         header = coder.fit(entries)
-        records = coder.encode(header, entries)
+        records = coder.encode(header, entries)[..., : coder.record_bytes]
         arenas.append(torch.cat([header, records.flatten(1)], dim=1))
     arena = torch.cat(arenas)
     # Rows of more bytes than are used, as in the middle's arena.
@@ -72,7 +72,7 @@ def coded_part(
     """A part and what its coder decodes it to."""
     coder = coder_of(name, heads, size)
     header, records = coded_rows(coder, rows, heads, count, size, seed)
-    tables = coder.tables(header)
+    tables = coder.tables(header, coder.record_bytes)
     if tables is None:
         raise RuntimeError(f"{name} has no tables")
     valid = (torch.arange(count) < count - 2)[None].expand(rows, -1).contiguous()
