@@ -18,6 +18,7 @@ from adms.config import ADMSConfig, Sizes
 from adms.entries import TokenShape
 from adms.errors import CacheStateError
 from adms.importance import Metric
+from adms.kernels import Kernel
 from adms.positions import MiddleGeometry
 from adms.tiers.head_landmarks import HeadLandmarkStore
 from adms.tiers.landmarks import ALIGNMENT, LandmarkStore
@@ -104,6 +105,8 @@ class Binding:
         gates: weights of learned gates, by layer.
         sparse_prefill: how chunks of more than one token attend; None: to everything.
         integrated_attention: how spans over the recent tier are learned; None: all of it is read.
+        kernel: what decodes single tokens.
+        captures: whether the family's decoder can be captured in a CUDA graph.
     """
 
     model_key: weakref.ReferenceType[Any]
@@ -121,6 +124,8 @@ class Binding:
     gates: tuple[torch.Tensor, ...] = ()
     sparse_prefill: "SparsePrefillConfig | None" = None
     integrated_attention: "IntegratedAttentionConfig | None" = None
+    kernel: Kernel = "auto"
+    captures: bool = False
     _plans: dict[Any, MiddlePlan | None] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Binding":

@@ -13,7 +13,7 @@ import copy
 import os
 import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache
@@ -23,20 +23,26 @@ from adms.config import ADMSConfig, Sizes
 from adms.errors import ADMSTypeError, ADMSValueError, CacheStateError
 from adms.layer import ADMSLayer, LayerCommit, RecentWindow, settle_landmarks
 from adms.positions import ForwardView
-from adms.tiers.exact import (
-    Moves,
-    plan_moves,
-)
+from adms.tiers.exact import Moves, plan_moves
 from adms.tiers.undo import Undo
 from adms.tiers.window import WindowLayer
 from adms.timeline import Timeline
 
 if TYPE_CHECKING:
     from adms.attention.span_learner import SpanLearner
+    from adms.step import DecodeStep
 
 
 class _Ticket:
     """Held by the one call that uses a cache."""
+
+
+class _Work(NamedTuple):
+    """What a commit does to one layer."""
+
+    layer: ADMSLayer
+    moves: Moves
+    commit: LayerCommit
 
 
 class ADMSKVCache(Cache):
@@ -72,6 +78,11 @@ class ADMSKVCache(Cache):
         self._plain_before: list[tuple[Any, dict[str, Any]]] = []
         self._owner: dict[str, weakref.ref[_Ticket]] = {}
         self._broken = False
+        #: the static pass of one token, once there was one
+        self.step: DecodeStep | None = None
+        #: why the last token was decoded without one
+        self.step_obstacle: str | None = None
+        self._unchecked: ForwardView | None = None
 
     # --- binding ---------------------------------------------------------------------------------
 
@@ -138,6 +149,7 @@ class ADMSKVCache(Cache):
                 raise CacheStateError(
                     "this cache is in use by another call; give each thread a cache of its own"
                 )
+            self._settle()
             yield
         finally:
             if self._owner.get("call") is mine:
@@ -179,6 +191,7 @@ class ADMSKVCache(Cache):
         binding = self.binding_for_use
         binding.require_active()
         self.require_whole()
+        self._settle()
         timeline = self._timeline_for(batch)
         if timeline.batch_size != batch:
             raise CacheStateError(
@@ -209,6 +222,8 @@ class ADMSKVCache(Cache):
             if not isinstance(layer, ADMSLayer)
         ]
         self._in_flight = {}
+        if self.step is not None and columns > 1:
+            self.step.release()
         # In this order: a view without its timeline is nothing, and rollback sees that.
         self.view = view
         self.timeline = timeline
@@ -257,37 +272,36 @@ class ADMSKVCache(Cache):
             raise RuntimeError("a pass without a timeline")
         layers = [layer for layer in self.layers if isinstance(layer, ADMSLayer)]
         windows = [layer for layer in self.layers if isinstance(layer, WindowLayer)]
-        self._require_finite([*layers, *windows])
         after = timeline.evicted_after(view.new)
-        commits: list[LayerCommit] = []
-        moves_by_device: dict[torch.device, Moves] = {}
-        recent = RecentWindow(timeline, view, after)
-        totals = [timeline.middle_tokens(row) for row in range(timeline.batch_size)]
+        if not view.is_step:
+            self._require_finite([*layers, *windows])
+        elif after != timeline.evicted or view.device.type == "cpu":
+            # What is not finite must not be coded; else there is time until the next call.
+            self._require_finite_step()
+        works: list[_Work] = []
         if not view.in_ring or after != timeline.evicted:
-            columns = [view.columns_of(row) for row in range(timeline.batch_size)]
-            for layer in layers:
-                device = layer.device
-                if device not in moves_by_device:
-                    moves_by_device[device] = plan_moves(
-                        timeline, view.new, columns, view.in_ring, after, device
-                    )
-                commits.append(layer.prepare(moves_by_device[device], totals, recent))
-            settle_landmarks(layers, commits)
+            works = self._works(layers, timeline, view, after)
+            settle_landmarks([work.layer for work in works], [work.commit for work in works])
         spans = self._spans_after(view, layers)
         undo = Undo()
-        for layer, commit in zip(layers, commits, strict=bool(commits)):
-            layer.keep_overwritten(commit, moves_by_device[layer.device], undo)
+        for work in works:
+            work.layer.keep_overwritten(work.commit, work.moves, undo)
         for window in windows:
             window.keep_overwritten(timeline, view, undo)
         try:
-            for layer, commit in zip(layers, commits, strict=bool(commits)):
-                layer.apply(commit, moves_by_device[layer.device])
+            for work in works:
+                work.layer.apply(work.commit, work.moves)
             for window in windows:
                 window.commit(timeline, view)
             # All that tells the new state from the old is this one assignment, so an interrupt
             # falls before it or after it.
             self.timeline = timeline.after(view.new, after, view.columns)
             self.spans = spans
+            if self.step is not None and (works or not view.is_step):
+                self.step.stale = True
+            if view.is_step and not works and view.device.type != "cpu":
+                view.release()
+                self._unchecked = view
         except BaseException:
             if self.timeline is timeline:
                 self._broken = True
@@ -310,9 +324,31 @@ class ADMSKVCache(Cache):
             measured = torch.stack([mass.to(device) for mass in masses])
         return self.spans.after(measured, view.columns)
 
+    def _works(
+        self, layers: list[ADMSLayer], timeline: Timeline, view: ForwardView, after: list[int]
+    ) -> list["_Work"]:
+        """What a commit does to each layer."""
+        columns = [view.columns_of(row) for row in range(timeline.batch_size)]
+        totals = [timeline.middle_tokens(row) for row in range(timeline.batch_size)]
+        fresh = view.new if view.in_ring else [0] * timeline.batch_size
+        written = [seen + count for seen, count in zip(timeline.seen, fresh, strict=True)]
+        recent = RecentWindow(timeline, written, columns, after)
+        plans: dict[torch.device, Moves] = {}
+        works = []
+        for layer in layers:
+            if layer.device not in plans:
+                plans[layer.device] = plan_moves(
+                    timeline, view.new, columns, view.in_ring, after, layer.device
+                )
+            moves = plans[layer.device]
+            works.append(_Work(layer, moves, layer.prepare(moves, totals, recent)))
+        return works
+
     def rollback(self) -> None:
         """Forgets the pass under way; does nothing where it was committed."""
         view = self.view
+        if self.step is not None:
+            self.step.stale = True
         try:
             if view is not None and self.timeline is view.timeline:
                 for layer in self.layers:
@@ -334,6 +370,30 @@ class ADMSKVCache(Cache):
         self._plain_before = []
         self._in_flight = {}
         self.view = None
+
+    def _settle(self) -> None:
+        """Takes the last token back if it was not finite: a step does not wait to find out.
+
+        Raises:
+            ADMSValueError: it was not.
+        """
+        view, self._unchecked = self._unchecked, None
+        if view is None:
+            return
+        try:
+            self._require_finite_step()
+        except ADMSValueError:
+            self.view, self.timeline = view, view.timeline
+            self.rollback()
+            raise
+
+    def _require_finite_step(self) -> None:
+        layer = None if self.step is None else self.step.bad_layer()
+        if layer is not None:
+            raise ADMSValueError(
+                f"keys or values of layer {layer} hold NaN or infinity; the last token was not "
+                "stored; check the input and the model's dtype"
+            )
 
     def _require_finite(self, layers: list[ADMSLayer | WindowLayer]) -> None:
         flags = [(layer, layer.finite) for layer in layers if layer.finite is not None]
@@ -391,11 +451,18 @@ class ADMSKVCache(Cache):
             for tensor in layer.tensors():
                 storage = tensor.untyped_storage()
                 storages[storage.data_ptr(), tensor.device] = storage.nbytes()
-        return sum(storages.values()) + self._span_bytes
+        return sum(storages.values()) + self._span_bytes + self._step_bytes
 
     @property
     def _span_bytes(self) -> int:
         return 0 if self.spans is None else self.spans.nbytes
+
+    @property
+    def _step_bytes(self) -> int:
+        """Bytes of positions, masks and counters in the place where a captured pass reads them."""
+        if self.step is None:
+            return 0
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.step.tensors())
 
     @property
     def max_nbytes(self) -> int:
@@ -411,7 +478,20 @@ class ADMSKVCache(Cache):
         layers = sum(
             binding.max_layer_bytes(index, layer) for index, layer in enumerate(self.layers)
         )
-        return layers * max(batch, 1) + self._span_bytes
+        return layers * max(batch, 1) + self._span_bytes + self._step_excess
+
+    @property
+    def _step_excess(self) -> int:
+        """What a step holds beyond the place that a chunk's tokens may take at other times."""
+        if self.step is None or self.step.captures:
+            return self._step_bytes
+        slots = self.sizes.sink + self.sizes.ring
+        staged = sum(
+            part.nbytes // slots * self.sizes.chunk
+            for layer in self.layers
+            for part in layer.exact.tensors()
+        )
+        return max(0, self._step_bytes - staged)
 
     @property
     def shared_nbytes(self) -> int:
@@ -530,7 +610,7 @@ class ADMSKVCache(Cache):
 
     def _clear(self) -> None:
         self._broken = True
-        self.timeline = None
+        self.timeline = self.step = self._unchecked = None
         for index, layer in enumerate(self.layers):
             if isinstance(layer, ADMSLayer):
                 layer.reset()
@@ -551,6 +631,8 @@ class ADMSKVCache(Cache):
                 )
             # Until the counts follow, tensors and counts speak of different rows.
             self._broken = True
+            if self.step is not None:
+                self.step.stale = True
             for layer in self.layers:
                 layer.reorder_cache(rows)
             self.timeline = timeline.of_rows(order)
@@ -635,6 +717,8 @@ class ADMSKVCache(Cache):
             for name, value in self.__dict__.items():
                 # The binding belongs to the model and is shared by all its caches.
                 shared = name in ("binding", "_owner")
+                # A captured pass reads the places of this cache alone.
+                value = None if name == "step" else value
                 twin.__dict__[name] = value if shared else copy.deepcopy(value, memo)
             twin._owner = {}
         return twin

@@ -35,9 +35,11 @@ from adms.gates.coder import put_gate
 from adms.gates.config import AdaptiveUpdateConfig
 from adms.generation import check_generate
 from adms.importance import METRICS
+from adms.kernels import Kernel, check_kernel
 from adms.moments import fit_to_own_texts, plan_calibration, resolve_calibration
 from adms.patches import Family, find_family
 from adms.patches.base import bind_method, modeling_function
+from adms.step import step_attention
 from adms.streaming import named_arguments, stream
 
 Undo = Callable[[], None]
@@ -90,6 +92,7 @@ class Installation:
         config: ADMSConfig,
         optional: OptionalLayers | None = None,
         calibration: Calibration | None = None,
+        kernel: Kernel = "auto",
     ) -> Binding:
         """A configuration resolved on this model.
 
@@ -143,6 +146,8 @@ class Installation:
                 block_tokens=block,
                 is_active=lambda: self.active,
                 context=context,
+                kernel=kernel,
+                captures=self.family.captures,
                 calibration=calibration,
                 fit=self._fit,
                 gates=gates,
@@ -170,6 +175,7 @@ def enable_adms_llm(
     adaptive_update: AdaptiveUpdateConfig | None = None,
     integrated_attention: IntegratedAttentionConfig | None = None,
     sparse_prefill: SparsePrefillConfig | None = None,
+    kernel: Kernel = "auto",
     **parameters: Any,
 ) -> ADMSKVCache:
     """Makes a pretrained model stream in bounded memory and returns a cache for it.
@@ -188,6 +194,9 @@ def enable_adms_llm(
             that is learned while the stream runs; None reads all of it.
         sparse_prefill: makes chunks of more than one token attend to the blocks that matter most
             to them, in this cache; None attends to everything. It is no part of a saved session.
+        kernel: what decodes single tokens: "triton" (fused kernels in a captured CUDA graph, or an
+            error), "torch" (PyTorch alone, nothing captured), or "auto" (the former on CUDA where
+            the model allows it, saying so where it does not; the latter elsewhere).
         **parameters: parameters of ``ADMSConfig``.
 
     Returns:
@@ -204,6 +213,7 @@ def enable_adms_llm(
         integrated_attention=integrated_attention,
         sparse_prefill=sparse_prefill,
     )
+    check_kernel(kernel)
     if not isinstance(model, nn.Module):
         raise ADMSTypeError(f"model must be a transformers model, got {type(model).__name__}")
     host = host_of(model)
@@ -216,7 +226,7 @@ def enable_adms_llm(
         installation = _install(host, family)
     given = resolve_calibration(host, installation.family, calibration)
     cache = ADMSKVCache(settings)
-    cache.bind(installation.binding(settings, optional, given))
+    cache.bind(installation.binding(settings, optional, given, kernel))
     return cache
 
 
@@ -347,13 +357,17 @@ def adms_attention(
     if adms_cache is None:
         function = _base_function(module, base)
         return function(module, query, key, value, attention_mask, **kwargs)
-    scaling = kwargs.get("scaling")
+    given = kwargs.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if given is None else given
     layer_idx: Any = module.layer_idx
+    if adms_cache.require_view().is_step:
+        ring = adms_cache.layers[layer_idx].exact.keys
+        return step_attention(query, key, value, ring, scaling), None
     output = attend_layer(
         adms_cache,
         layer_idx,
         query,
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        scaling,
         dropout=kwargs.get("dropout", 0.0),
         # transformers' own "sdpa" has none; a model that asks for both runs without it there.
         softcap=None if base == "sdpa" else kwargs.get("softcap"),

@@ -71,6 +71,10 @@ class ADMSLayer(CacheLayerMixin):
             ADMSValueError: heads, head sizes or dtype are not those the layer was filled with.
         """
         view = self.cache.require_view()
+        if view.is_step and self.exact is not None:
+            # Attention stores them on its way.
+            self._require_alike(self.exact, key_states, value_states)
+            return key_states, value_states
         if self.exact is None:
             self.lazy_initialization(key_states, value_states)
         if self.exact is None:
@@ -111,11 +115,11 @@ class ADMSLayer(CacheLayerMixin):
         """Allocates the tiers for the batch, heads, dtype and device of the first tokens."""
         sizes = self.cache.sizes
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.exact = ExactTier(sizes, key_states, value_states)
+        self.exact = ExactTier.empty(sizes, key_states, value_states)
         shape = TokenShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])
         plan = self.cache.binding_for_use.middle_plan(self.layer_idx, shape, self.dtype, sizes)
         if plan is not None:
-            self.middle = MiddleTier(plan, key_states.shape[0], self.device)
+            self.middle = MiddleTier.empty(plan, key_states.shape[0], self.device)
         self.is_initialized = True
 
     def keep_queries(self, queries: torch.Tensor) -> None:
@@ -196,9 +200,10 @@ class ADMSLayer(CacheLayerMixin):
     def map_tensors(self, change: Any) -> None:
         """Replaces every stored tensor by ``change(tensor)`` (rows come first in all of them)."""
         if self.exact is not None:
-            self.exact.keys, self.exact.values = change(self.exact.keys), change(self.exact.values)
+            self.exact.keys = _moved(self.exact.keys, change)
+            self.exact.values = _moved(self.exact.values, change)
         if self.middle is not None:
-            self.middle.arena = change(self.middle.arena)
+            self.middle.arena = _moved(self.middle.arena, change)
 
     def get_seq_length(self) -> int:
         """Columns of input so far."""
@@ -243,6 +248,17 @@ class ADMSLayer(CacheLayerMixin):
         self.map_tensors(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
 
+def _moved(tensor: torch.Tensor, change: Any) -> torch.Tensor:
+    """What ``change`` makes of a tensor, in its place where it fits there.
+
+    A captured graph reads the places, and layers may share one storage.
+    """
+    after: torch.Tensor = change(tensor)
+    if after.shape == tensor.shape and after.device == tensor.device:
+        return tensor.copy_(after)
+    return after
+
+
 class LayerCommit:
     """One layer's part of a commit: what leaves, bytes to write, and who could be a landmark."""
 
@@ -272,9 +288,17 @@ def settle_landmarks(layers: list[ADMSLayer], commits: list[LayerCommit]) -> Non
 class RecentWindow:
     """The tokens of a pass and of the ring that stay, as further material for a fit."""
 
-    def __init__(self, timeline: Timeline, view: ForwardView, evicted_after: list[int]) -> None:
+    def __init__(
+        self,
+        timeline: Timeline,
+        written: list[int],
+        columns: list[list[int]],
+        evicted_after: list[int],
+    ) -> None:
+        """Args are per row: tokens in the ring, the pass's columns, and what will have left."""
         self.timeline = timeline
-        self.view = view
+        self.written = written
+        self.columns = columns
         self.evicted_after = evicted_after
 
     def entries(self, layer: ADMSLayer, row: int) -> Entries:
@@ -282,7 +306,7 @@ class RecentWindow:
         if layer.exact is None:
             raise RuntimeError("a layer without tiers was asked for its window")
         sizes, device = self.timeline.sizes, layer.exact.keys.device
-        written = self.timeline.seen[row] + (self.view.new[row] if self.view.in_ring else 0)
+        written = self.written[row]
         # A pass longer than the window may push out tokens of its own: none of the ring stays.
         tokens = torch.arange(min(self.evicted_after[row], written), written, device=device)
         slots = sizes.sink + tokens % sizes.ring
@@ -290,7 +314,7 @@ class RecentWindow:
         values = layer.exact.values[row : row + 1, :, slots]
         if layer.staged is not None:
             first = max(0, self.evicted_after[row] - self.timeline.seen[row])
-            columns = torch.tensor(self.view.columns_of(row)[first:], device=device)
+            columns = torch.tensor(self.columns[row][first:], device=device)
             keys = torch.cat([keys, layer.staged.keys[row : row + 1, :, columns]], dim=2)
             values = torch.cat([values, layer.staged.values[row : row + 1, :, columns]], dim=2)
         return Entries(keys, values)

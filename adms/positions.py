@@ -7,6 +7,7 @@ fractional. No position ever reaches the trained length.
 Shapes: ``B`` rows (1 where all rows agree), ``N`` entries of a tier, ``Q`` new tokens.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,7 @@ class MiddleView:
         landmark_first: ``[B]`` text position before which only landmarks remember anything.
         landmark_span: ``[B]`` width of the positions set aside for those.
         scale: ``[B]`` positions per token, 1 unless the room is too small.
+        order: ``[B, N]`` the entries' numbers from the oldest.
     """
 
     num_entries: int
@@ -72,6 +74,7 @@ class MiddleView:
     landmark_first: torch.Tensor
     landmark_span: torch.Tensor
     scale: torch.Tensor
+    order: torch.Tensor
 
 
 class ForwardView:
@@ -110,19 +113,49 @@ class ForwardView:
         self.in_ring = columns == 1 and any(new)
         self.is_uniform = timeline.is_uniform and column_valid is None
         rows = 1 if self.is_uniform else timeline.batch_size
-        # The host's counts cross to the device once per pass, in one tensor.
-        counts = torch.tensor(
-            [timeline.seen[:rows], timeline.evicted[:rows], new[:rows]], dtype=torch.long
-        ).to(device, non_blocking=True)
-        self.seen, self.evicted, self.fresh = counts
+        self._counts = [timeline.seen[:rows], timeline.evicted[:rows], new[:rows]]
         self._middles: dict[MiddleGeometry, MiddleView] = {}
         self._spans: dict[MiddleGeometry, torch.Tensor] = {}
+        #: whether the pass is one of a ``DecodeStep``, which has buffers of its own
+        self.is_step = False
         #: ``[B]`` text position before which a family has the middle forgotten, or None
         self.forgotten: torch.Tensor | None = None
         #: whether the pass measures where in the recent tier attention goes
         self.measures_spans = False
         #: per-pass results that attention shares between layers, by key
         self.shared: dict[object, object] = {}
+
+    @functools.cached_property
+    def counts(self) -> torch.Tensor:
+        """``[3, B]``: seen, evicted and new; they cross to the device once per pass, if at all."""
+        return torch.tensor(self._counts, dtype=torch.long).to(self.device, non_blocking=True)
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """``[B]`` tokens before this pass."""
+        return self.counts[0]
+
+    @property
+    def evicted(self) -> torch.Tensor:
+        """``[B]`` tokens that have left the recent tier."""
+        return self.counts[1]
+
+    @property
+    def fresh(self) -> torch.Tensor:
+        """``[B]`` real tokens of this pass."""
+        return self.counts[2]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the positions: 1 where all agree."""
+        return len(self._counts[0])
+
+    def release(self) -> None:
+        """Lets go of every tensor; the counts stay."""
+        self._middles.clear()
+        self._spans.clear()
+        self.shared.clear()
+        self.__dict__.pop("counts", None)
 
     def columns_of(self, row: int) -> list[int]:
         """The columns of this pass that hold a row's real tokens."""
@@ -148,7 +181,7 @@ class ForwardView:
         sink = self.sizes.sink
         written = self.seen + (self.fresh if self.in_ring else 0)
         ring = ring_tokens(written, self.sizes.ring)
-        sinks = torch.arange(sink, device=self.device).expand(len(self.seen), -1)
+        sinks = torch.arange(sink, device=self.device).expand(self.rows, -1)
         tokens = torch.cat([sinks, ring], dim=1)[:, start:stop]
         valid = torch.cat([sinks < self.evicted[:, None], ring >= self.evicted[:, None]], dim=1)
         # Known on the host: with equal rows and no slot stale, no mask is needed.
@@ -237,7 +270,7 @@ class ForwardView:
         """Positions ``[B]`` that the whole middle takes."""
         if geometry not in self._spans:
             room = self.sizes.middle_positions
-            spans = [sum(self._units(geometry, row)) for row in range(len(self.seen))]
+            spans = [sum(self._units(geometry, row)) for row in range(self.rows)]
             if room is not None:
                 spans = [min(span, float(room)) for span in spans]
             self._spans[geometry] = torch.tensor(spans).to(self.device, non_blocking=True)
@@ -250,7 +283,7 @@ class ForwardView:
         return self._middles[geometry]
 
     def _middle(self, geometry: MiddleGeometry) -> MiddleView:
-        rows = len(self.seen)
+        rows = self.rows
         totals = [self.timeline.middle_tokens(row) for row in range(rows)]
         num_entries = max(geometry.num_entries(total) for total in totals)
         parts = [self._middle_row(geometry, row, totals[row], num_entries) for row in range(rows)]
@@ -275,6 +308,7 @@ class ForwardView:
             landmark_first=counts[0],
             landmark_span=counts[1],
             scale=counts[2],
+            order=torch.stack([part[3] for part in parts]),
         )
 
     def _span_of(self, geometry: MiddleGeometry, wanted: float) -> float:
@@ -283,8 +317,8 @@ class ForwardView:
 
     def _middle_row(
         self, geometry: MiddleGeometry, row: int, total: int, num_entries: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Text positions, cache positions and validity of one row's entries in memory order."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Text and cache positions, validity and order of one row's entries in memory order."""
         sink = self.sizes.sink
         index = torch.arange(num_entries, device=self.device)
         if geometry.is_coded(total):
@@ -321,4 +355,4 @@ class ForwardView:
         positions = sink + (old + place) * scale
         if self.text_positions:
             positions = sink + tokens.float()
-        return sink + tokens, positions.float(), index < records * per_record
+        return sink + tokens, positions.float(), index < records * per_record, order

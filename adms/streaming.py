@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from adms.cache import ADMSKVCache
+from adms.decode import advance
 from adms.errors import ADMSError, ADMSTypeError, ADMSValueError, CacheStateError, ForwardError
 
 # Arguments that have one entry per column.
@@ -78,7 +79,7 @@ def stream(
                 if adjust is not None:
                     adjust(own, cache)
                 with torch.no_grad():
-                    outputs.append(forward(**own))
+                    outputs.append(advance(decoder, forward, cache, own))
                     cache.commit()
             except Exception as error:
                 cache.rollback()

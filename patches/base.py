@@ -133,6 +133,8 @@ class Family(ABC):
     positions: str = "rotary"
     # Whether attention modules ask transformers for their attention function.
     uses_attention_interface: bool = True
+    # Whether a pass of one token is the same sequence of operations every time.
+    captures: bool = False
 
     def decoder(self, model: nn.Module) -> nn.Module:
         """The module that runs the layers (``model`` itself where it has no head)."""

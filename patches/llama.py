@@ -78,6 +78,7 @@ class LlamaFamily(Family):
     )
     exact = "exact (longrope: within the shorter length, or the longer one in one pass)"
     positions = "rotary, applied at cache positions when read"
+    captures = True
 
     def attentions(self, decoder: Any) -> list[nn.Module]:
         """``layers[i].self_attn``."""

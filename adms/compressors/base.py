@@ -22,6 +22,7 @@ from adms.errors import ADMSValueError
 from adms.registry import Registry
 
 if TYPE_CHECKING:
+    from adms.compressors.tables import CodeTables
     from adms.config import ADMSConfig
 
 
@@ -127,6 +128,15 @@ class Coder(ABC):
         """Which entry of its record each token is part of, ``[B, R, block_tokens]``.
 
         None where that was not kept, or where every token is an entry of its own.
+        """
+        return None
+
+    def tables(self, header: torch.Tensor, record_bytes: int) -> "CodeTables | None":
+        """How kernels read records without ``decode``, or None where they cannot.
+
+        Args:
+            header: ``[B, header_bytes]``; what is returned may be views of it.
+            record_bytes: bytes of the records that are read.
         """
         return None
 

@@ -29,6 +29,7 @@ from adms.compressors.base import (
 )
 from adms.compressors.codebooks import GROUP, WORDS, codebooks_on, nearest, shipped
 from adms.compressors.quantized import DEFAULT_STAGES, QuantizedCoder
+from adms.compressors.tables import CodeTables, Projection, views
 from adms.entries import Entries
 
 if TYPE_CHECKING:
@@ -112,6 +113,18 @@ class Basis(ABC):
     def read(self, parts: list[torch.Tensor]) -> Transform:
         """The transform of header parts, a row each."""
 
+    @abstractmethod
+    def projection(
+        self, parts: list[torch.Tensor], gain_start: int, dtype: torch.dtype
+    ) -> Projection:
+        """How kernels restore states from header parts, with as little made as possible.
+
+        Args:
+            parts: of the header, a row each.
+            gain_start: the gain's byte.
+            dtype: the model's.
+        """
+
 
 class FittedBasis(Basis):
     """Fitted to the stream and stored in the header; for use without a model.
@@ -148,6 +161,14 @@ class FittedBasis(Basis):
         mean, stored, scale, deviation = (part.float() for part in parts)
         basis = (stored * scale[..., None])[:, None]
         return Transform(mean, basis, basis, deviation)
+
+    def projection(
+        self, parts: list[torch.Tensor], gain_start: int, dtype: torch.dtype
+    ) -> Projection:
+        """The basis as it is stored."""
+        mean, stored, scale, deviation = parts
+        factor = scale.float() * deviation.float()
+        return Projection(stored[:, None], factor[:, None], mean[:, None], gain_start, 0)
 
 
 class SharedBasis(Basis):
@@ -202,6 +223,23 @@ class SharedBasis(Basis):
         block = torch.arange(self.blocks, device=mean.device)[:, None]
         chosen = basis[block, index]
         return Transform(mean.float(), chosen * weight, chosen / weight, deviation.float())
+
+    def projection(
+        self, parts: list[torch.Tensor], gain_start: int, dtype: torch.dtype
+    ) -> Projection:
+        """Each row's choice of the shared directions, as integers where they have no weights."""
+        mean, order, deviation = parts
+        tensors = self.calibration.on(mean.device)
+        index = order.long().unflatten(1, (self.blocks, -1))
+        block = torch.arange(self.blocks, device=mean.device)[:, None]
+        basis = tensors[f"{self.name}_basis"][block, index]
+        weight = tensors.get(f"{self.name}_weight")
+        if weight is not None:
+            kind = torch.float32 if dtype.itemsize > 2 else torch.float16
+            basis = basis * weight.float().reciprocal().to(kind)[:, None]
+        scale = tensors[f"{self.name}_scale"].float()[block, index]
+        factor = scale * deviation.float().unflatten(1, (self.blocks, -1))
+        return Projection(basis, factor, mean.unflatten(1, (self.blocks, -1)), gain_start, 0)
 
 
 def _deviation(channels: torch.Tensor) -> torch.Tensor:
@@ -322,6 +360,27 @@ class LowRankCoder(Coder):
             keys.unflatten(2, (heads, -1)).transpose(1, 2).to(self.dtype),
             values.unflatten(2, (heads, -1)).transpose(1, 2).to(self.dtype),
         )
+
+    def tables(self, header: torch.Tensor, record_bytes: int) -> CodeTables:
+        """Where the code of each group and stage lies in a record, and the two transforms."""
+        parts = views(header, *self.layout)
+        split = len(self.keys.layout)
+        for_keys = self.keys.projection(parts[:split], 0, self.dtype)
+        for_values = self.values.projection(parts[split:-2], 1, self.dtype)
+        group, stage = parts[-2].long(), parts[-1].long()
+        stages, groups = len(shipped()[0]), (self.keys.channels + self.values.channels) // GROUP
+        # A record holds the first codes of the allocation.
+        held = record_bytes - GAIN_BYTES
+        group, stage = group[:, :held], stage[:, :held]
+        # The allocation's padding goes to a stage of its own, which is dropped.
+        index = stage.clamp(max=stages) * groups + group
+        at = torch.arange(GAIN_BYTES, record_bytes, dtype=torch.int32, device=header.device)
+        offsets = torch.full(
+            (len(header), (stages + 1) * groups), -1, dtype=torch.int32, device=header.device
+        )
+        offsets.scatter_(1, index, at.expand(len(header), -1))
+        offsets = offsets.unflatten(1, (stages + 1, groups))[:, :stages]
+        return CodeTables(offsets, for_keys, for_values, gain_steps=GAIN_STEPS)
 
     def _channels(
         self, codes: torch.Tensor, group: torch.Tensor, stage: torch.Tensor

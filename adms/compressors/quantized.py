@@ -21,6 +21,7 @@ from adms.compressors.base import (
     unpack,
 )
 from adms.compressors.codebooks import GROUP, WORDS, codebooks_on, nearest
+from adms.compressors.tables import CodeTables, Projection, views
 from adms.entries import Entries, TokenShape
 
 if TYPE_CHECKING:
@@ -101,6 +102,28 @@ class QuantizedCoder(Coder):
         keys = self._decode(records[..., : self.key_bytes], key_mean)
         values = self._decode(records[..., self.key_bytes :], value_mean)
         return Entries(keys, values)
+
+    def tables(self, header: torch.Tensor, record_bytes: int) -> CodeTables | None:
+        """Every head is a block of its own; the basis is the fixed rotation."""
+        if self.shape.key_dim % GROUP or self.shape.value_dim % GROUP:
+            return None
+        device, heads = header.device, self.shape.num_heads
+        offsets, sides, start = [], [], 0
+        for mean, groups in zip(
+            views(header, *self.layout), (self.key_groups, self.value_groups), strict=True
+        ):
+            head = start + torch.arange(heads, device=device) * (groups * self.stages + 2)
+            group = torch.arange(groups, device=device) * self.stages
+            stage = torch.arange(self.stages, device=device)[:, None, None]
+            offsets.append((head[:, None] + group + stage).flatten(1))
+            size = mean.shape[2]
+            basis = rotation(size, device).T[None, None].expand(-1, heads, -1, -1)
+            factor = torch.ones(1, heads, size, device=device)
+            gain_start = start + groups * self.stages
+            sides.append(Projection(basis, factor, mean, gain_start, groups * self.stages + 2))
+            start += heads * (groups * self.stages + 2)
+        where = torch.cat(offsets, dim=1).to(torch.int32)[None]
+        return CodeTables(where, sides[0], sides[1], half_gain=True)
 
     def _encode(self, states: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
         size = states.shape[3]

@@ -27,9 +27,8 @@ def convert_arena(
     """
     if before.dtype == after.dtype:
         return arena
-    old = MiddleTier(before, len(totals), arena.device)
-    old.arena = arena
-    new = MiddleTier(after, len(totals), arena.device)
+    old = MiddleTier(before, arena)
+    new = MiddleTier.empty(after, len(totals), arena.device)
     for row, total in enumerate(totals):
         if not before.geometry.is_coded(total):
             _convert_exact(old, new, row, total)

@@ -22,13 +22,20 @@ class ExactTier:
         values: ``[B, K, S + C, E]``.
     """
 
-    def __init__(self, sizes: Sizes, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.sizes = sizes
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.keys = keys
+        self.values = values
+
+    @classmethod
+    def empty(cls, sizes: Sizes, keys: torch.Tensor, values: torch.Tensor) -> "ExactTier":
+        """A tier without tokens, for tokens such as ``[B, K, N, D]`` and ``[B, K, N, E]``."""
         rows, heads = keys.shape[:2]
         slots = sizes.sink + sizes.ring
         # Zeros, not garbage: a masked slot is still multiplied by its weight of zero.
-        self.keys = keys.new_zeros(rows, heads, slots, keys.shape[3])
-        self.values = values.new_zeros(rows, heads, slots, values.shape[3])
+        return cls(
+            keys.new_zeros(rows, heads, slots, keys.shape[3]),
+            values.new_zeros(rows, heads, slots, values.shape[3]),
+        )
 
     def write_in_flight(
         self, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor

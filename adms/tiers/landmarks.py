@@ -14,6 +14,7 @@ import torch
 
 from adms.compressors.base import Coder, pack, unpack
 from adms.compressors.quantized import QuantizedCoder
+from adms.compressors.tables import CodeTables
 from adms.entries import Entries, TokenShape
 from adms.importance import Evidence
 from adms.importance.novelty import DIRECTIONS, principal_directions
@@ -141,6 +142,18 @@ class LandmarkStore:
         if self.own is None:
             return records
         return self.own.encode(header[:, self.reference_bytes :], entries)
+
+    def records(self, data: torch.Tensor) -> torch.Tensor:
+        """Codes ``[B, L, bytes]`` in the bytes ``[B, nbytes]``, without a copy."""
+        slots = data[:, self.header_bytes : self.nbytes].unflatten(1, (self.count, self.slot_bytes))
+        return slots[..., : self.record_bytes]
+
+    def tables(self, data: torch.Tensor) -> CodeTables | None:
+        """How kernels read ``records`` of these bytes where the store has a coder of its own."""
+        if self.own is None:
+            return None
+        header = data[:, self.reference_bytes : self.reference_bytes + self.own.header_bytes]
+        return self.own.tables(header, self.record_bytes)
 
     def read(self, data: torch.Tensor) -> Landmarks:
         """Landmarks from the bytes ``[B, nbytes]`` that hold them."""

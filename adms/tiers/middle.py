@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from adms.compressors.base import Coder, RawCoder
+from adms.compressors.tables import CodeTables
 from adms.config import ADMSConfig
 from adms.entries import Entries, TokenShape
 from adms.importance import Evidence, Metric, needs_queries
@@ -83,9 +84,15 @@ class Write:
 class MiddleTier:
     """The middle of one layer: an arena of bytes and the functions over it."""
 
-    def __init__(self, plan: MiddlePlan, rows: int, device: torch.device) -> None:
+    def __init__(self, plan: MiddlePlan, arena: torch.Tensor) -> None:
         self.plan = plan
-        self.arena = torch.zeros(rows, plan.arena_bytes, dtype=torch.uint8, device=device)
+        self.arena = arena
+
+    @classmethod
+    def empty(cls, plan: MiddlePlan, rows: int, device: torch.device) -> "MiddleTier":
+        """A middle without tokens."""
+        arena = torch.zeros(rows, plan.arena_bytes, dtype=torch.uint8, device=device)
+        return cls(plan, arena)
 
     def tensors(self) -> list[torch.Tensor]:
         """Everything this tier stores."""
@@ -189,6 +196,37 @@ class MiddleTier:
             return store.decode(data)
         return self._store.decode(data, codes)
 
+    def landmark_bytes(self) -> torch.Tensor:
+        """``[B, bytes]`` of all rows' landmarks."""
+        return self._landmark_bytes(slice(None))
+
+    def landmark_records(self) -> torch.Tensor:
+        """Codes of all rows' landmarks ``[B, L, bytes]``, without a copy."""
+        return self._store.records(self.landmark_bytes())
+
+    def landmark_tokens(self) -> torch.Tensor:
+        """Text positions ``[B, L]`` of all rows' landmarks, -1 where a slot is empty."""
+        return self._store.read(self.landmark_bytes()).tokens
+
+    def tables(self) -> tuple[CodeTables | None, CodeTables | None]:
+        """How kernels read ``records`` and ``landmark_records``; None where they cannot."""
+        coder, store = self._coder, self.plan.store
+        if isinstance(store, HeadLandmarkStore):
+            return None, None
+        header = self.arena[:, : coder.header_bytes]
+        if store is None or store.own is not None:
+            whole = None if coder.num_coarse else coder.tables(header, coder.record_bytes)
+            return whole, None if store is None else store.tables(self.landmark_bytes())
+        fine = coder.tables(header, store.record_bytes)
+        if coder.num_coarse or fine is None:
+            return None, fine
+        # A record is the start of a landmark's.
+        return fine.cut(coder.record_bytes), fine
+
+    def records(self) -> torch.Tensor:
+        """All records ``[B, R, bytes]`` of rows that are coded, without a copy."""
+        return self._records(self.arena, self._coder.num_records, cut=False)
+
     @property
     def _store(self) -> LandmarkStore:
         if not isinstance(self.plan.store, LandmarkStore):
@@ -199,7 +237,14 @@ class MiddleTier:
         if self.plan.store is None:
             raise RuntimeError("a middle without landmarks was asked for their bytes")
         start = self.plan.landmark_offset
-        return self.arena[rows][:, start : start + self.plan.store.nbytes]
+        return self._bytes(rows, start, start + self.plan.store.nbytes)
+
+    def _bytes(self, rows: list[int] | slice, start: int, stop: int) -> torch.Tensor:
+        """Some bytes of some rows; a view where it can be one."""
+        part = self.arena[:, start:stop]
+        if rows == slice(None) or rows == list(range(len(part))):
+            return part
+        return part[rows]
 
     # --- writing -----------------------------------------------------------------------------
 
@@ -242,7 +287,7 @@ class MiddleTier:
         candidates: list[Candidates] = []
         if stay_raw:
             entries = _window(leaving, stay_raw, starts, counts)
-            records = self.plan.raw.encode(self.arena[stay_raw][:, :0], entries)
+            records = self.plan.raw.encode(self._bytes(stay_raw, 0, 0), entries)
             writes.append(self._ring_write(records, stay_raw, totals, counts, self.plan.raw, 0))
         if stay_coded:
             writes += self._append(
@@ -282,7 +327,7 @@ class MiddleTier:
     ) -> list[Write]:
         coder = self._coder
         entries = _window(leaving, rows, starts, counts)
-        header = self.arena[rows][:, : coder.header_bytes]
+        header = self._bytes(rows, 0, coder.header_bytes)
         own_queries = None if queries is None else queries[rows]
         records = coder.encode(header, entries, own_queries)
         writes = self._record_writes(records, rows, totals, counts)

@@ -1,0 +1,131 @@
+"""Whether a pass of one token runs as a static step (``step``) or like any other pass."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from adms.binding import PositionScheme
+from adms.cache import ADMSKVCache
+from adms.errors import ADMSValueError
+from adms.gates.coder import GatedCompressor
+from adms.kernels import has_triton
+from adms.kernels.decode_attention import rotate
+from adms.layer import ADMSLayer
+from adms.positions import ForwardView
+from adms.step import DecodeStep, phase_of
+from adms.tiers.head_landmarks import HeadLandmarkStore
+
+logger = logging.getLogger("adms")
+
+# Where static steps are worth it. A CPU captures nothing: they save it work on codes alone.
+PHASES = {"cuda": ("empty", "exact", "coded"), "cpu": ("coded",)}
+# Arguments of a decoder that a step knows to handle.
+KNOWN = frozenset(
+    {"input_ids", "inputs_embeds", "position_ids", "attention_mask", "past_key_values"}
+    | {"use_cache", "cache_position", "return_dict", "adms_cache"}
+)
+
+
+def advance(
+    decoder: nn.Module,
+    forward: Callable[..., Any],
+    cache: ADMSKVCache,
+    arguments: dict[str, Any],
+) -> Any:
+    """Runs the pass that is under way: as a static step where one can be made, else as it is.
+
+    Raises:
+        ADMSValueError: ``kernel="triton"`` was asked for, and a step cannot be made.
+    """
+    view, kernel = cache.require_view(), cache.binding_for_use.kernel
+    if view.columns != 1 or kernel == "torch" or not cache.is_initialized:
+        return forward(**arguments)
+    reason = _obstacle(cache, view, arguments)
+    if kernel == "triton" and view.device.type != "cuda":
+        reason = f"it is for CUDA, and the model is on {view.device.type}"
+    if reason is None:
+        if cache.step is None or not cache.step.fits(cache):
+            cache.step = DecodeStep(cache, decoder)
+        return cache.step.run(forward, arguments, view)
+    if kernel == "triton":
+        raise ADMSValueError(f"kernel='triton' cannot be used: {reason}; use kernel='auto'")
+    if cache.step_obstacle != reason:
+        if view.device.type == "cuda":
+            logger.warning("tokens are decoded without a CUDA graph: %s", reason)
+        cache.step_obstacle = reason
+    return forward(**arguments)
+
+
+def _obstacle(cache: ADMSKVCache, view: ForwardView, arguments: dict[str, Any]) -> str | None:
+    """Why this pass cannot be a static step; None where it can."""
+    binding, timeline = cache.binding_for_use, view.timeline
+    if view.device.type not in PHASES:
+        return f"static steps are for {' and '.join(PHASES)}, the model is on {view.device.type}"
+    if not binding.captures:
+        return "the architecture does more in a pass than a graph can hold"
+    if view.device.type == "cuda" and not has_triton():
+        return "Triton is not installed"
+    if any(layer.device != view.device for layer in cache.layers):
+        return "the model has moved to another device, or is on several"
+    if not all(view.new) or view.column_valid is not None:
+        return "a row has no token in this pass"
+    given = [name for name, value in arguments.items() if value is not None and value is not False]
+    extra = set(given) - KNOWN
+    if extra:
+        return f"the call asks for {', '.join(sorted(extra))}"
+    if cache.step is None or not cache.step.fits(cache):
+        layers = [layer for layer in cache.layers if isinstance(layer, ADMSLayer)]
+        if len(layers) < len(cache.layers):
+            return "some layers have windows of their own"
+        if len({_form(layer) for layer in layers}) > 1:
+            return "the layers differ in shape, or in what their middle holds"
+        if cache.spans is not None:
+            return "spans over the recent tier are learned from single tokens too"
+        plan = layers[0].middle.plan if layers[0].middle is not None else None
+        if plan is not None and isinstance(plan.store, HeadLandmarkStore):
+            return "each head keeps landmarks of its own"
+        if isinstance(binding.compressor, GatedCompressor):
+            return "entries for several tokens are read together with their landmarks"
+        if plan is not None and plan.needs_queries:
+            return "the compressor or the importance metric asks for the queries of every token"
+        schemes = {id(kind.scheme) for kind in binding.kinds}
+        if len(schemes) > 1 or not _turns_halves(binding.kinds[0].scheme, layers[0]):
+            return "positions enter otherwise than by turning the two halves of a head"
+    middle = cache.layers[0].middle
+    totals = [timeline.middle_tokens(row) for row in range(timeline.batch_size)]
+    phases = {phase_of(middle, total) for total in totals}
+    if len(phases) > 1:
+        return "some rows hold their middle exactly and others coded"
+    if not phases <= set(PHASES[view.device.type]):
+        return f"nothing is coded yet, and the model is on {view.device.type}"
+    return None
+
+
+def _form(layer: ADMSLayer) -> object:
+    """What layers of one step have in common."""
+    if layer.exact is None:
+        raise RuntimeError("a layer without tiers was asked for its form")
+    shape = (layer.exact.keys.shape, layer.exact.values.shape, layer.dtype)
+    return shape, None if layer.middle is None else layer.middle.plan.geometry
+
+
+def _turns_halves(scheme: PositionScheme, layer: ADMSLayer) -> bool:
+    """Whether positions are those of ``rotate``, whatever the farthest one is."""
+    if layer.exact is None or getattr(scheme, "depends_on_farthest", False):
+        return False
+    keys = layer.exact.keys
+    size = keys.shape[3]
+    if size < 16 or size & (size - 1) or layer.exact.values.shape[3] != size:
+        return False
+    states = torch.linspace(-1, 1, 3 * size, device=keys.device).view(1, 1, 3, size)
+    positions = torch.tensor([[0.0, 1.5, 7.0]], device=keys.device)
+    tables = scheme.tables(positions, states, positions)
+    if tables is None or tables[0].shape[-1] != size:
+        return False
+    if scheme.bias(positions, positions, 1) is not None:
+        return False
+    found = rotate(states, tables[0][:, None], tables[1][:, None])
+    return torch.allclose(scheme.rotate(states, tables), found, atol=1e-5)

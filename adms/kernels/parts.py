@@ -1,0 +1,133 @@
+"""What decode attention reads: entries as they are, and entries as codes.
+
+Shapes: ``B`` rows, ``R`` rows or 1 where all rows agree, ``K`` KV heads, ``N`` entries, ``D`` head
+size, ``C`` coded channels of a block of heads, ``L`` landmarks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from adms.compressors.codebooks import GROUP, WORDS, codebooks_on
+from adms.compressors.tables import CodeTables, Projection
+
+
+@dataclass(frozen=True)
+class ExactPart:
+    """Entries as they are, keys before positions.
+
+    Attributes:
+        keys, values: ``[B, K, N, D]``.
+        cos, sin: ``[R, N, D]`` of their positions.
+        valid: ``[R, N]`` booleans.
+        log_weight: ``[B, K, N]``, or None for zeros.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    valid: torch.Tensor
+    log_weight: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class CodedPart:
+    """Entries as records.
+
+    Attributes:
+        records: ``[B, N, bytes]`` uint8.
+        tables: how they are read.
+        cos, sin: ``[R, N, D]`` of their positions.
+        valid: ``[R, N]`` booleans.
+        order: ``[R, N]`` int32 numbers of the entries, by which ``hidden`` names them; or None.
+        hidden: ``[B, L]`` int32 numbers of entries not to be read (negative: none); or None.
+    """
+
+    records: torch.Tensor
+    tables: CodeTables
+    cos: torch.Tensor
+    sin: torch.Tensor
+    valid: torch.Tensor
+    order: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
+
+    def visible(self) -> torch.Tensor:
+        """Which entries are read: ``[R or B, N]``."""
+        if self.order is None or self.hidden is None:
+            return self.valid
+        return self.valid & ~is_among(self.order, self.hidden)
+
+
+def is_among(order: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Which of the numbers ``[R, N]`` are among ``[B, L]``: ``[B, N]``; negative ones never are."""
+    rows, count = hidden.shape[0], order.shape[1]
+    # One place more than there are numbers, for what is no number of an entry.
+    marked = torch.zeros(rows, count + 1, dtype=torch.bool, device=order.device)
+    index = torch.where((hidden >= 0) & (hidden < count), hidden, count).long()
+    marked.scatter_(1, index, True)
+    marked[:, count] = False
+    index = torch.where(order >= 0, order, count).long().expand(rows, -1)
+    return marked.gather(1, index)
+
+
+def decode(part: CodedPart, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values ``[B, K, N, D]`` in float32."""
+    tables = part.tables
+    channels = channels_of(part)
+    split = tables.keys.blocks * tables.keys.channels
+    keys = restore(tables.keys, channels[:, :, :split], gains_of(part, tables.keys), heads)
+    values = restore(tables.values, channels[:, :, split:], gains_of(part, tables.values), heads)
+    return keys, values
+
+
+def channels_of(part: CodedPart) -> torch.Tensor:
+    """Sums of codewords ``[B, N, channels]``, those of keys first."""
+    offsets = part.tables.offsets
+    books = codebooks_on(part.records.device)[: offsets.shape[1]].flatten(0, 1)
+    rows = [
+        _channels(records, own, books)
+        for records, own in zip(
+            part.records, offsets.expand(len(part.records), -1, -1), strict=True
+        )
+    ]
+    return torch.stack(rows) if len(rows) > 1 else rows[0][None]
+
+
+def _channels(records: torch.Tensor, offsets: torch.Tensor, books: torch.Tensor) -> torch.Tensor:
+    """One row's: ``[N, channels]`` of ``records [N, bytes]`` and ``offsets [stages, groups]``."""
+    count, groups = len(records), offsets.shape[1]
+    # Bytes of a record in the order of their groups; a group's words are summed as one bag.
+    group, stage = (offsets.T >= 0).nonzero().unbind(1)
+    codes = records[:, offsets.T[group, stage].long()]
+    words = codes.to(torch.int32) + (stage * WORDS).to(torch.int32)
+    sizes = (offsets >= 0).sum(0)
+    first = torch.arange(count, device=records.device)[:, None] * len(group)
+    bags = (first + (sizes.cumsum(0) - sizes)).flatten().to(torch.int32)
+    summed = torch.nn.functional.embedding_bag(words.flatten(), books, bags, mode="sum")
+    return summed.view(count, groups * GROUP)
+
+
+def restore(
+    side: Projection, channels: torch.Tensor, gain: torch.Tensor, heads: int
+) -> torch.Tensor:
+    """States ``[B, K, N, D]`` of channels ``[B, N, blocks * C]`` and gains ``[B, N, blocks]``."""
+    own = channels.unflatten(2, (side.blocks, side.channels)).transpose(1, 2)
+    basis = side.basis.to(channels.dtype) * side.factor[..., None].to(channels.dtype)
+    states = own @ basis
+    states = states.mul_(gain.transpose(1, 2)[..., None]).add_(side.mean[:, :, None])
+    share = heads // side.blocks
+    return states.unflatten(3, (share, -1)).transpose(2, 3).flatten(1, 2)
+
+
+def gains_of(part: CodedPart, side: Projection) -> torch.Tensor:
+    """Gains ``[B, N, blocks]``; 1 where nothing is to be read, whatever the bytes are."""
+    records = part.records
+    block = torch.arange(side.blocks, device=records.device)
+    start = side.gain_start + side.gain_stride * block
+    low = records[:, :, start]
+    if not part.tables.half_gain:
+        return torch.exp2((low.float() - 128) / part.tables.gain_steps)
+    both = torch.stack([low, records[:, :, start + 1]], dim=-1)
+    gain = both.view(torch.float16)[..., 0].float()
+    return gain.masked_fill(~part.valid[..., None], 1.0)

@@ -1,0 +1,418 @@
+"""The static pass of one token: the same sequence of kernels for every token, replayed as a graph.
+
+Between two commits nothing changes but the token in flight. What follows from the counts of the
+commit (positions, validity, which codes landmarks hide) is worked out once after it; the step
+itself reads whole buffers under masks and derives its slot and its mask from a counter on the
+device. Compression stays outside.
+
+Shapes: ``L`` layers, ``B`` rows, ``R`` rows or 1 where all rows agree, ``H`` query heads, ``K`` KV
+heads, ``S`` exact slots, ``N`` entries of the middle, ``M`` landmarks, ``D`` head size.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from adms.attention.tiered import landmark_positions
+from adms.cache import ADMSKVCache
+from adms.kernels.decode_attention import decode_attention, write_token
+from adms.kernels.parts import CodedPart, ExactPart, is_among
+from adms.layer import ADMSLayer
+from adms.positions import ForwardView, MiddleView
+from adms.step_buffers import Held, Shared
+from adms.tiers.middle import MiddleTier
+from adms.timeline import ring_tokens
+
+# Passes before a capture, in which kernels are compiled and libraries set themselves up.
+WARMUP_PASSES = 2
+# What compiles the layers of a pass that is captured; None captures them as they are.
+BACKEND: str | None = "inductor"
+# More than any stream has: the geometry of a full middle.
+FULL = 2**62
+
+
+class DecodeStep:
+    """The static one-token pass of one cache.
+
+    Args:
+        cache: a cache whose layers are alike and hold tokens.
+        decoder: the decoder, whose layers are compiled.
+    """
+
+    def __init__(self, cache: ADMSKVCache, decoder: nn.Module) -> None:
+        self.decoder = weakref.ref(decoder)
+        self.layers: list[ADMSLayer] = list(cache.layers)
+        if self.layers[0].exact is None or cache.timeline is None:
+            raise RuntimeError("a step was made for a cache without tokens")
+        self.batch = cache.timeline.batch_size
+        self.device = self.layers[0].exact.keys.device
+        self.fused = self.device.type == "cuda"
+        self.scheme = cache.binding_for_use.kinds[0].scheme
+        embedding = getattr(self.scheme, "embedding", None)
+        if embedding is not None:
+            # Copied when the model was enabled, which may have moved since.
+            embedding.to(self.device)
+        self.pointers = _pointers(self.layers)
+        self.indices = {
+            layer.exact.keys.data_ptr(): index
+            for index, layer in enumerate(self.layers)
+            if layer.exact is not None
+        }
+        for place in self.indices:
+            _BY_RING[place] = self
+        self.flags = torch.zeros(len(self.layers), dtype=torch.uint8, device=self.device)
+        pinned = self.device.type == "cuda"
+        self.flags_host = torch.zeros(len(self.layers), dtype=torch.uint8, pin_memory=pinned)
+        self.copied = torch.cuda.Event() if pinned else None
+        #: whether a commit or another pass has changed what ``held`` follows from
+        self.stale = True
+        self.key: object = None
+        self.phase = "empty"
+        self.held: Held | None = None
+        self.shared: Shared | None = None
+        self.inputs: torch.Tensor | None = None
+        self.graph: Any = None
+        self.arguments: dict[str, Any] = {}
+        self.output: Any = None
+
+    def fits(self, cache: ADMSKVCache) -> bool:
+        """Whether the tiers are still where they were."""
+        return self.pointers == _pointers(cache.layers)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything that is kept between passes."""
+        held = [] if self.held is None else self.held.tensors()
+        own = [self.flags, self.flags_host, self.inputs, getattr(self.output, "hidden", None)]
+        return held + [part for part in own if part is not None]
+
+    @property
+    def captures(self) -> bool:
+        """Whether a graph reads the buffers, which then stay where they are."""
+        return self.device.type == "cuda"
+
+    def release(self) -> None:
+        """Lets go of what the next step makes anew, where nothing was captured."""
+        if not self.captures:
+            self.held = self.inputs = self.output = self.key = None
+
+    # --- a pass ----------------------------------------------------------------------------------
+
+    def run(self, forward: Callable[..., Any], arguments: dict[str, Any], view: ForwardView) -> Any:
+        """The decoder's output for the token in flight."""
+        view.is_step = True
+        name = "input_ids" if arguments.get("inputs_embeds") is None else "inputs_embeds"
+        given = arguments[name]
+        middle = self.layers[0].middle
+        phase = phase_of(middle, view.timeline.middle_tokens(0))
+        key = (view.rows, phase, name, given.dtype)
+        if key != self.key:
+            self.graph = self.output = self.held = None
+            self.key, self.phase, self.stale = key, phase, True
+            self.inputs = torch.empty_like(given, memory_format=torch.contiguous_format)
+        if self.inputs is None:
+            raise RuntimeError("a step without a place for its input")
+        self.inputs.copy_(given)
+        if self.stale:
+            found = self._held(view)
+            if self.held is None or not self.fused:
+                self.held = found
+            else:
+                self.held.take(found)
+            self.stale = False
+        if self.graph is None:
+            self._prepare(forward, {**arguments, name: self.inputs}, view)
+        if self.graph is not None:
+            self.graph.replay()
+        self.flags_host.copy_(self.flags, non_blocking=True)
+        if self.copied is not None:
+            self.copied.record()
+        return self.output()
+
+    def bad_layer(self) -> int | None:
+        """A layer whose last token was not finite; waits for the pass to end."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        bad = self.flags_host.nonzero()
+        return self.layers[int(bad[0])].layer_idx if len(bad) else None
+
+    def _prepare(
+        self, forward: Callable[..., Any], arguments: dict[str, Any], view: ForwardView
+    ) -> None:
+        """Captures the pass; where nothing can be captured, runs it."""
+        if self.device.type != "cuda":
+            self.output = _Output(self._pass(forward, arguments))
+            return
+        if self.held is None:
+            raise RuntimeError("a capture before its buffers")
+        seen = self.held.seen.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        with _compiled_layers(self.decoder()):
+            with torch.cuda.stream(side):
+                for _ in range(WARMUP_PASSES):
+                    self._pass(forward, arguments)
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph):
+                result = self._pass(forward, arguments)
+        # The passes before were rehearsals: they wrote what this one will write again.
+        self.held.seen.copy_(seen)
+        # The graph reads their places.
+        self.arguments = arguments
+        self.graph, self.output = graph, _Output(result)
+
+    def _pass(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        self.shared = self._shared()
+        try:
+            result = forward(**arguments)
+        finally:
+            self.shared = None
+        if self.held is not None:
+            self.held.seen += 1
+        return result
+
+    # --- what all layers share -------------------------------------------------------------------
+
+    def _held(self, view: ForwardView) -> Held:
+        """From the host's counts, by the same rules as any other pass."""
+        sizes, middle = view.sizes, self.layers[0].middle
+        geometry = None if middle is None else middle.plan.geometry
+        sinks = torch.arange(sizes.sink, device=self.device).expand(view.rows, -1)
+        evicted = view.evicted[:, None]
+        tokens = torch.cat([sinks, ring_tokens(view.evicted + sizes.ring, sizes.ring)], dim=1)
+        kept = torch.cat([sinks < evicted, torch.ones_like(tokens[:, sizes.sink :]).bool()], dim=1)
+        positions = view.exact_positions(tokens, geometry)
+        held = Held(view.seen.clone(), tokens, kept, positions)
+        if middle is None or geometry is None or self.phase == "empty":
+            return held
+        found = view.middle(geometry)
+        width = found.num_entries
+        if self.fused:
+            # A graph reads as many for every token.
+            coded = self.phase == "coded"
+            width = geometry.num_entries(FULL) if coded else geometry.raw_tokens
+        missing = width - found.num_entries
+        pad = torch.nn.functional.pad
+        shown = torch.ones_like(found.order).bool() if found.valid is None else found.valid
+        held.positions = torch.cat([positions, pad(found.positions, (0, missing))], dim=1)
+        held.valid = pad(shown, (0, missing))
+        held.order = pad(found.order, (0, missing), value=-1).to(torch.int32)
+        if self.phase == "coded" and geometry.landmarks:
+            self._hold_landmarks(held, view, found, middle)
+        return held
+
+    def _hold_landmarks(
+        self, held: Held, view: ForwardView, found: MiddleView, middle: MiddleTier
+    ) -> None:
+        geometry = middle.plan.geometry
+        # The same in all layers, which choose them together.
+        tokens = middle.landmark_tokens()
+        held.mark_positions = landmark_positions(tokens, found, view)
+        held.mark_valid = tokens >= 0
+        # Counted from the oldest token that has a code, which stays exact however long the stream.
+        totals = [view.timeline.middle_tokens(row) for row in range(self.batch)]
+        first = torch.tensor(
+            [view.sizes.sink + total - geometry.held(total) for total in totals],
+            device=self.device,
+        )
+        hidden = torch.where(held.mark_valid, tokens - first[:, None], -1).clamp(min=-1)
+        if geometry.entries_per_record != geometry.block_tokens:
+            hidden = torch.full_like(hidden, -1)
+        held.hidden = hidden.to(torch.int32)
+
+    def _shared(self) -> Shared:
+        """From the buffers alone, on the device."""
+        held = self.held
+        exact = self.layers[0].exact
+        if held is None or exact is None:
+            raise RuntimeError("a step before its buffers")
+        self.flags.zero_()
+        sizes, like = self.layers[0].cache.sizes, exact.keys
+        slots = sizes.sink + held.seen % sizes.ring
+        cos, sin = self.scheme.tables(held.positions, like, held.positions)
+        count = held.tokens.shape[1]
+        own = torch.arange(len(slots), device=self.device)
+        marks = None
+        if held.mark_positions is not None:
+            marks = self.scheme.tables(held.mark_positions, like, held.mark_positions)
+        return Shared(
+            slots=slots,
+            query=(cos[own, slots], sin[own, slots]),
+            exact=(cos[:, :count], sin[:, :count]),
+            valid=held.kept & (held.tokens <= held.seen[:, None]),
+            middle=(cos[:, count:], sin[:, count:]),
+            marks=marks,
+        )
+
+    # --- one layer -------------------------------------------------------------------------------
+
+    def attend(
+        self,
+        index: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Attention ``[B, 1, H, D]`` of the token in flight, which is stored on the way."""
+        shared, layer = self.shared, self.layers[index]
+        exact = layer.exact
+        if shared is None or exact is None:
+            raise RuntimeError("attention of a step outside of its pass")
+        flag = self.flags[index : index + 1]
+        if self.fused:
+            from adms.kernels.decode_attention_triton import fused_write_token
+
+            fused_write_token(key, value, exact.keys, exact.values, shared.slots, flag)
+        else:
+            write_token(key, value, exact.keys, exact.values, shared.slots, flag)
+        parts = [ExactPart(exact.keys, exact.values, *shared.exact, shared.valid)]
+        coded: list[CodedPart] = []
+        if layer.middle is not None and self.phase != "empty":
+            self._add_middle(layer.middle, shared, parts, coded)
+        output = decode_attention(
+            query[:, :, 0], *shared.query, parts, coded, scaling=scaling, fused=self.fused
+        )
+        return output[:, None]
+
+    def _add_middle(
+        self,
+        middle: MiddleTier,
+        shared: Shared,
+        parts: list[ExactPart],
+        coded: list[CodedPart],
+    ) -> None:
+        held = self.held
+        if held is None or held.valid is None:
+            raise RuntimeError("a middle before its buffers")
+        hidden = held.hidden
+        order = held.order if hidden is not None else None
+        tables, mark_tables = middle.tables() if self.phase == "coded" else (None, None)
+        if tables is not None:
+            records = middle.records()[:, : held.valid.shape[1]]
+            coded.append(CodedPart(records, tables, *shared.middle, held.valid, order, hidden))
+        else:
+            total = FULL if self.phase == "coded" else middle.plan.geometry.raw_tokens
+            entries = middle.read([total] * self.batch)
+            if entries is None:
+                raise RuntimeError("a middle with tokens was read as empty")
+            valid = held.valid
+            width = valid.shape[1]
+            if order is not None and hidden is not None:
+                valid = valid & ~is_among(order, hidden)
+            keys, values = entries.keys[:, :, :width], entries.values[:, :, :width]
+            weight = entries.log_weight
+            weight = None if weight is None else weight[:, :, :width]
+            parts.append(ExactPart(keys, values, *shared.middle, valid, weight))
+        if shared.marks is None or held.mark_valid is None:
+            return
+        shown = held.mark_valid
+        if mark_tables is not None:
+            records = middle.landmark_records()
+            coded.append(CodedPart(records, mark_tables, *shared.marks, shown))
+        else:
+            marks, _ = middle.landmarks([FULL] * self.batch)
+            parts.append(ExactPart(marks.keys, marks.values, *shared.marks, shown))
+
+
+# Steps by the place of a layer's ring. Torch's compiler sees an attention that is given the ring,
+# the same for every layer, and nothing of what a step is.
+_BY_RING: "weakref.WeakValueDictionary[int, DecodeStep]" = weakref.WeakValueDictionary()
+
+
+@torch.library.custom_op("adms::step_attention", mutates_args=())
+def step_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ring: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Attention of a step under way.
+
+    What it changes, the slot in flight, nothing else in the pass reads.
+
+    Args:
+        query: ``[B, H, 1, D]`` before positions.
+        key, value: ``[B, K, 1, D]`` of the token in flight.
+        ring: the layer's exact keys, which name the layer.
+        scaling: factor of the scores.
+
+    Returns:
+        ``[B, 1, H, D]``.
+    """
+    step = _BY_RING[ring.data_ptr()]
+    return step.attend(step.indices[ring.data_ptr()], query, key, value, scaling)
+
+
+@step_attention.register_fake
+def _(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ring: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    rows, heads, count, size = query.shape
+    return query.new_empty(rows, count, heads, size)
+
+
+class _Output:
+    """Makes the decoder's output anew for every pass, from the place where it is written."""
+
+    def __init__(self, result: Any) -> None:
+        self.made = type(result)
+        self.is_tuple = isinstance(result, tuple)
+        self.hidden: torch.Tensor = result[0]
+        self.cache = None if self.is_tuple else result.get("past_key_values")
+        self.rest = result[1:] if self.is_tuple else ()
+
+    def __call__(self) -> Any:
+        # A caller may keep it beyond the next pass.
+        hidden = self.hidden.clone()
+        if self.is_tuple:
+            return (hidden, *self.rest)
+        return self.made(last_hidden_state=hidden, past_key_values=self.cache)
+
+
+@contextlib.contextmanager
+def _compiled_layers(decoder: Any) -> Iterator[None]:
+    """Has every layer of a decoder compiled on its own while the block runs.
+
+    Compiled together they take as many times longer as there are layers; apart, the compiler finds
+    the code of the first one in its cache again.
+    """
+    if BACKEND is None or decoder is None:
+        yield
+        return
+    before = [layer.__dict__.get("forward") for layer in decoder.layers]
+    limit = len(before) + 8
+    try:
+        for layer in decoder.layers:
+            layer.forward = torch.compile(
+                layer.forward, backend=BACKEND, fullgraph=True, dynamic=False
+            )
+        # All layers share one function, and each has its own entry there.
+        with torch._dynamo.config.patch(
+            recompile_limit=limit, accumulated_recompile_limit=64 * limit
+        ):
+            yield
+    finally:
+        for layer, own in zip(decoder.layers, before, strict=True):
+            if own is None:
+                del layer.forward
+            else:
+                layer.forward = own
+
+
+def phase_of(middle: MiddleTier | None, total: int) -> str:
+    """How a middle holds the ``total`` tokens that have entered it."""
+    if middle is None or total == 0:
+        return "empty"
+    return "coded" if middle.plan.geometry.is_coded(total) else "exact"
+
+
+def _pointers(layers: list[Any]) -> tuple[int, ...]:
+    """Where the tiers lie."""
+    places = []
+    for layer in layers:
+        if isinstance(layer, ADMSLayer) and layer.exact is not None:
+            places += [layer.exact.keys.data_ptr(), layer.exact.values.data_ptr()]
+            places.append(0 if layer.middle is None else layer.middle.arena.data_ptr())
+    return tuple(places)

@@ -1,0 +1,94 @@
+"""The kernels compile for a GPU, without one: the interpreter accepts more than the compiler."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from adms.kernels import has_triton
+from tests.kernels.material import blocked_part, coded_part, draw, exact_part, rotations
+
+pytestmark = [
+    # Triton 3.9 announces a change of a default.
+    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
+    pytest.mark.skipif(not has_triton(), reason="triton is not installed"),
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled in the interpreter"
+    ),
+]
+
+
+class Recorder:
+    """Stands for a kernel; compiles it for what it is called with."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.calls = 0
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self.compile
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        kwargs.pop("num_warps", None)
+        given = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+        constants = {
+            (index,): given[parameter.name]
+            for index, parameter in enumerate(self.kernel.params)
+            if parameter.is_constexpr
+        }
+        signature = {
+            parameter.name: "constexpr" if parameter.is_constexpr else kind(given[parameter.name])
+            for parameter in self.kernel.params
+        }
+        source = ASTSource(self.kernel, signature, constants)
+        triton.compile(source, target=GPUTarget("cuda", 90, 32))
+        self.calls += 1
+
+
+def kind(argument: Any) -> str:
+    """What Triton calls an argument's type."""
+    if isinstance(argument, float):
+        return "fp32"
+    if isinstance(argument, int):
+        return "i32"
+    names = {
+        torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "i8",
+        torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
+    }  # fmt: skip
+    return "*" + names[argument.dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [64, 128])
+def test_kernels_compile_for_hopper(
+    dtype: torch.dtype, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adms.kernels import decode_attention_triton as host
+
+    recorders = {}
+    for name in ("exact_tiles", "coded_tiles", "merge", "write_token"):
+        recorders[name] = Recorder(getattr(host.kernels, name))
+        monkeypatch.setattr(host.kernels, name, recorders[name])
+    heads, kv_heads = 8, 2
+    exact = [exact_part(1, kv_heads, 20, size), exact_part(1, kv_heads, 20, size, weighted=True)]
+    for part in exact:
+        for name in ("keys", "values", "cos", "sin"):
+            object.__setattr__(part, name, getattr(part, name).to(dtype))
+    coded = [
+        blocked_part(1, kv_heads, 40, size, blocks=2),
+        coded_part("quantized", 1, kv_heads, 20, size)[0],
+    ]
+    query = draw(1, heads, size, seed=0).to(dtype)
+    cos, sin = (table[:, 0].to(dtype) for table in rotations(1, 1, size))
+    host.fused_decode_attention(query, cos, sin, exact, coded, 0.1)
+    key = draw(1, kv_heads, 1, size, seed=0).to(dtype)
+    ring, flag = exact[0].keys, torch.zeros(1, dtype=torch.uint8)
+    host.fused_write_token(key, key, ring, ring, torch.tensor([1]), flag)
+    assert {name: one.calls for name, one in recorders.items()} == {
+        "exact_tiles": 2, "coded_tiles": 2, "merge": 1, "write_token": 1,
+    }  # fmt: skip

@@ -1,0 +1,131 @@
+"""Decode attention over exact and coded entries, plain and fused, against a float64 oracle."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from adms.kernels import has_triton
+from adms.kernels.decode_attention import decode_attention
+from adms.kernels.parts import CodedPart, ExactPart, decode
+from tests.kernels.material import blocked_part, coded_part, draw, exact_part, rotations
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+KERNELS = [False] + [True] * INTERPRETED
+
+
+def turn(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Each pair of channels as a complex number, multiplied by its rotation."""
+    half = states.shape[-1] // 2
+    number = torch.complex(states[..., :half], states[..., half:])
+    number = number * torch.complex(cos[..., :half], sin[..., :half])
+    return torch.cat([number.real, number.imag], dim=-1)
+
+
+def oracle(
+    query: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    parts: list[ExactPart | CodedPart],
+    states: list[tuple[torch.Tensor, torch.Tensor]],
+    scaling: float,
+) -> torch.Tensor:
+    """Row by row and head by head, over what is visible only."""
+    out = torch.zeros_like(query, dtype=torch.float64)
+    for row in range(query.shape[0]):
+        for head in range(query.shape[1]):
+            kv = head * states[0][0].shape[1] // query.shape[1]
+            asked = turn(query[row, head].double(), cos.double()[0], sin.double()[0])
+            scores, values = [], []
+            for part, (keys, own) in zip(parts, states, strict=True):
+                shown = part.valid if isinstance(part, ExactPart) else part.visible()
+                shown = shown.expand(query.shape[0], -1)[row]
+                turned = turn(keys[row, kv].double(), part.cos.double()[0], part.sin.double()[0])
+                score = turned @ asked * scaling
+                if isinstance(part, ExactPart) and part.log_weight is not None:
+                    score = score + part.log_weight[row, kv].double()
+                scores.append(score[shown])
+                values.append(own[row, kv].double()[shown])
+            out[row, head] = torch.cat(scores).softmax(0) @ torch.cat(values)
+    return out
+
+
+@pytest.mark.parametrize("fused", KERNELS)
+@pytest.mark.parametrize("rows, heads, kv_heads, size", [(2, 4, 2, 16), (1, 3, 1, 64)])
+@pytest.mark.parametrize("name", ["low_rank", "quantized", None])
+def test_equals_dense_attention_over_what_the_coder_decodes(
+    name: str | None, rows: int, heads: int, kv_heads: int, size: int, fused: bool
+) -> None:
+    query = draw(rows, heads, size, seed=1)
+    cos, sin = (table[:, 0] for table in rotations(1, 1, size, 8))
+    exact = [
+        exact_part(rows, kv_heads, 21, size),
+        exact_part(rows, kv_heads, 70, size, 30, weighted=True),
+    ]
+    states = [(part.keys, part.values) for part in exact]
+    coded = []
+    if name is not None:
+        part, decoded = coded_part(name, rows, kv_heads, 75, size)
+        marks, marked = coded_part("quantized", rows, kv_heads, 5, size, 7)
+        coded = [part, marks]
+        states += [(one.keys, one.values) for one in (decoded, marked)]
+    expected = oracle(query, cos, sin, [*exact, *coded], states, 0.3)
+    found = decode_attention(query, cos, sin, exact, coded, scaling=0.3, fused=fused)
+    assert_close(found.double(), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("fused", KERNELS)
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_basis_per_block_of_heads(blocks: int, fused: bool) -> None:
+    rows, kv_heads, size = 2, 4, 16
+    part = blocked_part(rows, kv_heads, 40, size, blocks)
+    query = draw(rows, 8, size, seed=2)
+    cos, sin = (table[:, 0] for table in rotations(1, 1, size, 8))
+    exact = [exact_part(rows, kv_heads, 9, size)]
+    states = [(exact[0].keys, exact[0].values), decode(part, kv_heads)]
+    expected = oracle(query, cos, sin, [*exact, part], states, 0.25)
+    found = decode_attention(query, cos, sin, exact, [part], scaling=0.25, fused=fused)
+    assert_close(found.double(), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["low_rank", "quantized"])
+def test_tables_decode_what_the_coder_decodes(name: str) -> None:
+    part, decoded = coded_part(name, 2, 2, 30, 16)
+    shown = part.valid[0]
+    for found, expected in zip(decode(part, 2), (decoded.keys, decoded.values), strict=True):
+        assert_close(found[:, :, shown], expected[:, :, shown], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fused", KERNELS)
+def test_bytes_that_are_not_read_may_be_anything(fused: bool) -> None:
+    part, decoded = coded_part("quantized", 1, 2, 30, 16)
+    query = draw(1, 4, 16, seed=1)
+    cos, sin = (table[:, 0] for table in rotations(1, 1, 16, 8))
+    exact = [exact_part(1, 2, 9, 16)]
+    states = [(exact[0].keys, exact[0].values), (decoded.keys.clone(), decoded.values.clone())]
+    expected = oracle(query, cos, sin, [*exact, part], states, 0.25)
+    # As float16, all ones is NaN.
+    part.records[:, -1] = 255
+    found = decode_attention(query, cos, sin, exact, [part], scaling=0.25, fused=fused)
+    assert_close(found.double(), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@pytest.mark.skipif(not has_triton(), reason="triton is not installed")
+def test_fused_kernels_in_the_interpreter() -> None:
+    """Triton reads the variable once, so the tests above run again in a process of their own."""
+    root = Path(__file__).parents[2]
+    files = [__file__, str(Path(__file__).with_name("test_write_token.py"))]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", *files],
+        cwd=root,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]

@@ -1,0 +1,155 @@
+"""The static one-token pass, run on the CPU without a capture, against the eager one."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import adms.decode
+from adms import ADMSKVCache, enable_adms_llm, enable_streaming_llm
+from adms.errors import ADMSValueError
+from tests.streams import feed, random_ids, reachable_bytes, small_cache, tiny_llama
+
+# Steps are made for no device, or for the CPU in every phase.
+EAGER: dict[str, tuple[str, ...]] = {}
+STATIC = {"cpu": ("empty", "exact", "coded")}
+
+
+@pytest.fixture
+def static(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets steps be made on the CPU, where they cannot be captured but can be run."""
+    monkeypatch.setattr(adms.decode, "PHASES", STATIC)
+
+
+def both(model: Any, ids: torch.Tensor, first: int, monkeypatch: Any, **changes: Any) -> Any:
+    """Logits token by token after ``first`` tokens at once: eager, static, and both caches."""
+    results, caches = [], []
+    for phases in (EAGER, STATIC):
+        monkeypatch.setattr(adms.decode, "PHASES", phases)
+        cache = small_cache(model, **changes)
+        feed(model, ids[:, :first], cache)
+        results.append(feed(model, ids[:, first:], cache, step=1))
+        caches.append(cache)
+    eager, stepped = caches
+    assert eager.step is None and stepped.step is not None, stepped.step_obstacle
+    return results, caches
+
+
+@pytest.mark.parametrize("first", [1, 90])
+@pytest.mark.parametrize("compressor", ["low_rank", "quantized", "pq", "auto", "low_rank_text"])
+def test_static_equals_eager_through_every_phase(
+    compressor: str, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama(trained=2048)
+    changes: dict[str, Any] = {"compressor_type": compressor, "recent_size": 24}
+    if compressor == "low_rank_text":
+        changes |= {"compressor_type": "low_rank", "enable_pos_shift": False}
+    ids = random_ids(1, 420)
+    (eager, static), caches = both(model, ids, first, monkeypatch, **changes)
+    assert caches[1].summary()["middle"]["form"] == changes["compressor_type"]
+    assert_close(static, eager, atol=2e-5, rtol=2e-5)
+
+
+def test_static_equals_eager_where_rows_have_other_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_llama(), random_ids(3, 400)
+    mask = torch.ones_like(ids[:, :40])
+    mask[1, :11] = mask[2, :3] = 0
+    results = []
+    for phases in (EAGER, STATIC):
+        monkeypatch.setattr(adms.decode, "PHASES", phases)
+        cache = small_cache(model, recent_size=24)
+        with torch.no_grad():
+            model(ids[:, :40], attention_mask=mask, past_key_values=cache)
+        results.append(feed(model, ids[:, 40:], cache, step=1))
+    assert cache.step is not None
+    assert_close(results[1], results[0], atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("budget", [0, 160])
+def test_passes_of_other_lengths_in_between(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_llama(), random_ids(2, 500)
+    parts = ids.split([3, 1, 1, 200, 1, 7, 1, 1, 120, *[1] * 165], dim=1)
+    results = []
+    for phases in (EAGER, STATIC):
+        monkeypatch.setattr(adms.decode, "PHASES", phases)
+        cache = small_cache(model, compressed_budget=budget, recent_size=40)
+        results.append(torch.cat([feed(model, one, cache) for one in parts], dim=1))
+        assert reachable_bytes(cache) == cache.nbytes + cache.shared_nbytes
+        assert cache.nbytes <= cache.max_nbytes
+    assert cache.step is not None
+    assert_close(results[1], results[0], atol=2e-5, rtol=2e-5)
+
+
+def test_generate_with_beams(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_llama(), random_ids(1, 150)
+    found = []
+    for phases in (EAGER, STATIC):
+        monkeypatch.setattr(adms.decode, "PHASES", phases)
+        cache = small_cache(model, recent_size=24)
+        found.append(
+            model.generate(
+                ids, past_key_values=cache, max_new_tokens=60, num_beams=3, do_sample=False
+            )
+        )
+    assert cache.step is not None
+    assert torch.equal(found[0], found[1])
+
+
+def test_a_token_that_is_not_finite_is_taken_back(static: None) -> None:
+    model, ids = tiny_llama(), random_ids(1, 60)
+    cache, alone = (small_cache(model, recent_size=24) for _ in range(2))
+    feed(model, ids[:, :50], cache, step=1)
+    feed(model, ids[:, :50], alone, step=1)
+    embedding = model.get_input_embeddings().weight
+    with torch.no_grad():
+        before = embedding[ids[0, 50]].clone()
+        embedding[ids[0, 50]] = torch.nan
+    with pytest.raises(ADMSValueError, match="layer 0 hold NaN.*last token was not stored"):
+        feed(model, ids[:, 50:51], cache)
+    with torch.no_grad():
+        embedding[ids[0, 50]] = before
+    assert cache.tokens_seen == 50
+    assert_close(feed(model, ids[:, 50:], cache, step=1), feed(model, ids[:, 50:], alone, step=1))
+
+
+def test_copies_and_reset(static: None) -> None:
+    model, ids = tiny_llama(), random_ids(1, 300)
+    cache = small_cache(model, recent_size=24)
+    feed(model, ids[:, :250], cache, step=1)
+    twin = copy.deepcopy(cache)
+    assert twin.step is None
+    assert_close(feed(model, ids[:, 250:], cache, step=1), feed(model, ids[:, 250:], twin, step=1))
+    cache.reset()
+    fresh = small_cache(model, recent_size=24)
+    assert_close(feed(model, ids, cache, step=1), feed(model, ids, fresh, step=1))
+
+
+def test_streaming_llm(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_llama(), random_ids(1, 200)
+    results = []
+    for phases in (EAGER, STATIC):
+        monkeypatch.setattr(adms.decode, "PHASES", phases)
+        cache = enable_streaming_llm(model, start_size=4, recent_size=30)
+        results.append(feed(model, ids, cache, step=1))
+    assert cache.step is not None
+    assert_close(results[1], results[0], atol=2e-5, rtol=2e-5)
+
+
+def test_an_explicit_kernel_never_falls_back() -> None:
+    pytest.importorskip("triton")
+    model, ids = tiny_llama(), random_ids(1, 3)
+    cache = enable_adms_llm(model, kernel="triton", start_size=4, recent_size=64)
+    feed(model, ids[:, :2], cache)
+    with pytest.raises(ADMSValueError, match=r"kernel='triton' cannot be used: .*cpu"):
+        feed(model, ids[:, 2:], cache)
+    with pytest.raises(ADMSValueError, match="kernel must be one of auto, torch, triton"):
+        enable_adms_llm(model, kernel="cuda")
+
+
+def test_plain_kernel_makes_no_step(static: None) -> None:
+    model, ids = tiny_llama(), random_ids(1, 5)
+    cache = small_cache(model, kernel="torch")
+    feed(model, ids, cache, step=1)
+    assert isinstance(cache, ADMSKVCache) and cache.step is None
