@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from adms.calibration import Calibration
-from adms.enable import disable_adms, enable_adms_llm, host_of, is_enabled
+from adms.enable import disable_adms, enable_streaming_llm, host_of, is_enabled
 from adms.errors import ADMSTypeError, ADMSValueError
 from adms.moments import fit_to_own_texts, fit_to_texts, plan_calibration
 from adms.patches import find_family
@@ -54,11 +54,12 @@ def calibrate(
     calibration = plan_calibration(host, family)
     try:
         # The cache is of no interest, but an enabled model shows its keys before positions.
-        enable_adms_llm(host)
+        enable_streaming_llm(host, start_size=1, recent_size=8, prefill_chunk_size=1)
         if ids is None:
             fit_to_own_texts(host, calibration, seed)
         else:
-            fit_to_texts(host, calibration, ids, seed)
+            positions = family.max_positions(family.decoder(host).config)
+            fit_to_texts(host, calibration, ids, positions, seed)
     finally:
         if not was_enabled:
             disable_adms(host)

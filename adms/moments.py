@@ -146,7 +146,7 @@ class ObservingCache(ADMSKVCache):
     """An exact window that sums up the keys, values and queries of all tokens but the first.
 
     Args:
-        window: tokens of the window, fewer where the model has too few positions.
+        window: tokens of the window.
         chunk: most tokens of a pass.
         calibration: what is to be fitted.
         generator: draws the positions that queries are turned to.
@@ -270,7 +270,11 @@ def fit_to_own_texts(model: nn.Module, calibration: Calibration, seed: int = 0) 
 
 
 def fit_to_texts(
-    model: nn.Module, calibration: Calibration, texts: list[torch.Tensor], seed: int = 0
+    model: nn.Module,
+    calibration: Calibration,
+    texts: list[torch.Tensor],
+    positions: int | None,
+    seed: int = 0,
 ) -> None:
     """Fits a calibration to token ids, with a progress bar.
 
@@ -278,17 +282,20 @@ def fit_to_texts(
         model: enabled.
         calibration: what is to be fitted.
         texts: one-dimensional token ids each.
+        positions: that the model was trained on; None where any distance works.
         seed: of the positions that queries are turned to.
     """
     generator = torch.Generator().manual_seed(seed)
-    cache = ObservingCache(READ_WINDOW, READ_CHUNK, calibration, generator)
+    limit = positions or 4 * READ_WINDOW
+    window, chunk = min(READ_WINDOW, limit // 4), min(READ_CHUNK, limit // 4)
+    cache = ObservingCache(window, chunk, calibration, generator)
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     device = embeddings.weight.device
     total = sum(len(text) for text in texts)
     with _evaluating(model), tqdm(total=total, desc="calibrating", unit="token") as bar:
         for text in texts:
             cache.reset()
-            for part in text.split(READ_CHUNK):
+            for part in text.split(chunk):
                 model(part[None].to(device), past_key_values=cache)
                 bar.update(len(part))
     calibration.fill(cache.moments, f"{total} tokens of {len(texts)} texts")
