@@ -154,7 +154,8 @@ class Calibration:
         """Takes over the tensors of ``state()``.
 
         Raises:
-            ADMSValueError: names, shapes or dtypes are not those of this model.
+            ADMSValueError: names, shapes or dtypes are not those of this model, or a number is not
+                finite.
         """
         expected = {
             f"{index}.{name}": (tuple(shape), dtype)
@@ -171,6 +172,12 @@ class Calibration:
             raise ADMSValueError(
                 f"the calibration is not one of this model: {name} is {found.get(name)}, expected "
                 f"{expected.get(name)}; make one with adms.calibrate(model, texts)"
+            )
+        broken = [name for name, part in state.items() if not bool(torch.isfinite(part).all())]
+        if broken:
+            raise ADMSValueError(
+                f"the calibration holds NaN or infinity in {broken[0]}; make one with "
+                "adms.calibrate(model, texts)"
             )
         for index, layer in self.layers.items():
             prefix = f"{index}."
