@@ -120,8 +120,9 @@ def train_gates(
             for group in optimiser.param_groups:
                 share = step / settings.steps
                 group["lr"] = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
-            text = excerpts(ids, settings, step).to(device)
-            loss = distillation_loss(model, binding, text, weights, settings)
+            generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+            text = excerpts(ids, settings, generator).to(device)
+            loss = distillation_loss(model, binding, text, weights, settings, generator)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -133,9 +134,8 @@ def train_gates(
     return dataclasses.replace(gates, weights=trained, admission=settings.admission)
 
 
-def excerpts(ids: torch.Tensor, training: GateTraining, step: int) -> torch.Tensor:
-    """The text of a step, ``[B, N]``; the same for the same seed."""
-    generator = torch.Generator().manual_seed(training.seed * 1_000_003 + step)
+def excerpts(ids: torch.Tensor, training: GateTraining, generator: torch.Generator) -> torch.Tensor:
+    """The text of a step, ``[B, N]``."""
     starts = torch.randint(len(ids) - training.length, (training.rows,), generator=generator)
     return torch.stack([ids[start : start + training.length] for start in starts.tolist()])
 
@@ -146,6 +146,7 @@ def distillation_loss(
     ids: torch.Tensor,
     weights: list[torch.Tensor],
     training: GateTraining,
+    generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """Mean divergence, in nats, of the logits with folded tokens from those without.
 
@@ -157,12 +158,13 @@ def distillation_loss(
         ids: ``[B, N]``.
         weights: per layer ``[F]``.
         training: what is folded.
+        generator: of training; None for the loss of the gates as they are.
     """
     first = training.sink + training.block_tokens + training.recent - 1
     with torch.no_grad():
         whole: Any = model(input_ids=ids, use_cache=False)
         target = whole.logits[:, first:].float().log_softmax(-1)
-    folded = folded_logits(model, binding, ids, weights, training.sizes)[:, first:]
+    folded = folded_logits(model, binding, ids, weights, training.sizes, generator)[:, first:]
     student = folded.float().log_softmax(-1)
     divergence = kl_div(student, target, reduction="sum", log_target=True)
     return divergence / target[..., 0].numel()

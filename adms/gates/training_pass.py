@@ -2,8 +2,10 @@
 
 Every query sees the newest tokens exactly and older blocks as a gate folds them, without codes: a
 folded token has the keys, values and position of the entry it became part of, which in a softmax is
-that entry with its weight. Gradients reach a gate through the means by importance, and straight
-through the choice: more importance moves what a token reads as towards the token itself.
+that entry with its weight. Gradients reach a gate through the means by importance and through the
+choice: more importance moves what a token reads as towards the token itself. What that is worth is
+the integral of the gradient on the way from folded to not, so in training every token reads as a
+random point of that way; at its end the gradient says nothing, or the contrary.
 
 Shapes: ``B`` rows, ``H`` query heads, ``K`` KV heads, ``N`` tokens, ``R`` blocks, ``T`` tokens of a
 block, ``M`` admitted ones, ``D``/``E`` head sizes of keys/values.
@@ -55,12 +57,16 @@ class FoldingLayer(CacheLayerMixin):
     Args:
         weight: ``[F]`` the gate.
         sizes: what it folds.
+        generator: see ``fold_softly``.
     """
 
     is_sliding = False
 
-    def __init__(self, weight: torch.Tensor, sizes: FoldingSizes) -> None:
+    def __init__(
+        self, weight: torch.Tensor, sizes: FoldingSizes, generator: torch.Generator | None
+    ) -> None:
         super().__init__()
+        self.generator = generator
         self.weight = weight
         self.sizes = sizes
         self.states: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -105,7 +111,9 @@ class FoldingLayer(CacheLayerMixin):
         count, device = keys.shape[2], keys.device
         text = torch.arange(count, device=device, dtype=torch.float32)[None]
         tables = scheme.tables(text, query, text)
-        folded_keys, folded_values, places = fold_softly(keys, values, self.weight, self.sizes)
+        folded_keys, folded_values, places = fold_softly(
+            keys, values, self.weight, self.sizes, self.generator
+        )
         own = scheme.tables(places, query, text)
         bias = visibility(count, self.sizes, query)
         slope = scheme.bias(text, torch.cat([text.expand_as(places), places], 1), query.shape[1])
@@ -122,7 +130,11 @@ class FoldingLayer(CacheLayerMixin):
 
 
 def fold_softly(
-    keys: torch.Tensor, values: torch.Tensor, weight: torch.Tensor, sizes: FoldingSizes
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    weight: torch.Tensor,
+    sizes: FoldingSizes,
+    generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What every token reads as once its block is folded.
 
@@ -131,6 +143,8 @@ def fold_softly(
         values: ``[B, K, N, E]``.
         weight: ``[F]``, with gradient.
         sizes: blocks and entries.
+        generator: draws how far each token is on its way from folded to itself; None takes the
+            end that the gate chose.
 
     Returns:
         Keys and values of the entry that each token is part of, ``[B, K, N, ...]`` (tokens outside
@@ -167,13 +181,17 @@ def fold_softly(
         share = (members * scores.exp()[:, :, None]).to(states.dtype)
         return (share / share.sum(3, keepdim=True))[:, None] @ states
 
-    # 1 in value; its gradient is that of the score.
-    straight = (1 + (scores - scores.detach()))[:, None, :, :, None]
+    way = alone.float()
+    if generator is not None:
+        way = torch.rand(scores.shape, generator=generator).to(scores.device)
+    # No more than that in value; its gradient is that of the score.
+    way = (way + scores - scores.detach())[:, None, :, :, None]
     results = []
     for states, part in zip((keys, values), inside, strict=True):
-        entry = mean(part, same)
-        other = torch.where(alone[:, None, :, :, None], mean(part, pair), entry)
-        moved = entry + (straight.to(part.dtype) - 1) * (part - other).detach()
+        folded = torch.where(
+            alone[:, None, :, :, None], mean(part, pair).detach(), mean(part, same)
+        )
+        moved = folded + way.to(part.dtype) * (part - folded.detach())
         own = moved.flatten(2, 3)
         results.append(torch.cat([states[:, :, :start], own, states[:, :, stop:]], dim=2))
     return results[0], results[1], places
@@ -195,10 +213,15 @@ def visibility(count: int, sizes: FoldingSizes, like: torch.Tensor) -> torch.Ten
 class FoldingCache(ADMSKVCache):
     """A cache for one pass, whose layers fold softly."""
 
-    def fold_with(self, weights: Sequence[torch.Tensor], sizes: FoldingSizes) -> None:
+    def fold_with(
+        self,
+        weights: Sequence[torch.Tensor],
+        sizes: FoldingSizes,
+        generator: torch.Generator | None,
+    ) -> None:
         """Puts gates in place of the layers that have a middle."""
         self.layers = [
-            FoldingLayer(weights[index], sizes)
+            FoldingLayer(weights[index], sizes, generator)
             if self.binding_for_use.is_adms_layer(index)
             else self.binding_for_use.plain_layer(index)
             for index in range(len(weights))
@@ -211,6 +234,7 @@ def folded_logits(
     ids: torch.Tensor,
     weights: Sequence[torch.Tensor],
     sizes: FoldingSizes,
+    generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """Logits of ``ids [B, N]`` as they would be with gates, with gradients to their weights.
 
@@ -220,11 +244,12 @@ def folded_logits(
         ids: within the trained length.
         weights: per layer ``[F]``.
         sizes: what is folded.
+        generator: see ``fold_softly``.
     """
     family = find_family(model)
     cache = FoldingCache()
     cache.bind(binding)
-    cache.fold_with(weights, sizes)
+    cache.fold_with(weights, sizes, generator)
     decoder = family.decoder(model)
     undo = bind_method(decoder, "forward", _whole_pass)
     try:
