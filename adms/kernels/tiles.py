@@ -128,10 +128,12 @@ def _words(
     total = tl.zeros([TILE, WIDTH, 8], dtype=tl.float32)
     for stage in tl.static_range(STAGES):
         offset = tl.load(offsets + stage * offset_stage + groups, mask=some, other=-1)
-        coded = held[:, None] & (offset >= 0)[None, :]
-        code = tl.load(records + at_record[:, None] + offset[None, :], mask=coded, other=0)
-        word = ((stage * 256 + code.to(tl.int32)) * 8)[:, :, None] + c[None, None, :]
-        total += tl.where(coded[:, :, None], tl.load(books + word).to(tl.float32), 0.0)
+        # Neighbours in variance have about as many stages, most of them few.
+        if tl.max(offset, axis=0) >= 0:
+            coded = held[:, None] & (offset >= 0)[None, :]
+            code = tl.load(records + at_record[:, None] + offset[None, :], mask=coded, other=0)
+            word = ((stage * 256 + code.to(tl.int32)) * 8)[:, :, None] + c[None, None, :]
+            total += tl.where(coded[:, :, None], tl.load(books + word).to(tl.float32), 0.0)
     return tl.reshape(total, [TILE, 8 * WIDTH])
 
 
