@@ -62,6 +62,8 @@ def advance(
 def _obstacle(cache: ADMSKVCache, view: ForwardView, arguments: dict[str, Any]) -> str | None:
     """Why this pass cannot be a static step; None where it can."""
     binding, timeline = cache.binding_for_use, view.timeline
+    if cache.layer_class is not ADMSLayer:
+        return "the cache's layers do more with a pass than hold its tokens"
     if view.device.type not in PHASES:
         return f"static steps are for {' and '.join(PHASES)}, the model is on {view.device.type}"
     if not binding.captures:
