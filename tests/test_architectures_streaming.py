@@ -75,19 +75,20 @@ def test_the_last_quarter_is_as_good_as_dense_windows(
 
 
 @pytest.mark.parametrize(
-    ("name", "sinks"),
+    ("name", "sinks", "compressor"),
     [
-        ("tiny-neox", 4),
-        ("tiny-falcon", 4),
-        ("tiny-mpt", 4),
-        ("tiny-opt", 4),
-        ("tiny-falcon-alibi", 32),
+        ("tiny-neox", 4, "low_rank"),
+        ("tiny-falcon", 4, "low_rank"),
+        ("tiny-mpt", 4, "low_rank"),
+        ("tiny-opt", 4, "low_rank"),
+        # More tokens held is more drift here (docs/alibi-streams.md), so fewer, better coded.
+        ("tiny-falcon-alibi", 32, "quantized"),
     ],
 )
 def test_it_beats_streaming_llm_at_equal_bytes(
-    name: str, sinks: int, assets_models: Path, assets_text: Path
+    name: str, sinks: int, compressor: str, assets_models: Path, assets_text: Path
 ) -> None:
-    """Caches of 128 tokens, a quarter of them a middle without a basis to pay for."""
+    """Caches of 128 tokens, a quarter of them the middle."""
     model, ids = load(assets_models, assets_text, name)
     ids = ids[:, : LENGTH // 2]
     budget = CACHE_TOKENS // 4
@@ -96,12 +97,12 @@ def test_it_beats_streaming_llm_at_equal_bytes(
         start_size=sinks,
         compressed_budget=budget,
         recent_size=CACHE_TOKENS - budget - sinks,
-        compressor_type="quantized",
+        compressor_type=compressor,
     )
     base = enable_streaming_llm(model, start_size=sinks, recent_size=CACHE_TOKENS - sinks)
     assert cache.max_nbytes <= base.max_nbytes
     ours, theirs = stream_losses(model, ids, cache), stream_losses(model, ids, base)
-    assert cache.summary()["middle"]["form"] == "quantized"
+    assert cache.summary()["middle"]["form"] == compressor
     assert ours.mean() < theirs.mean()
 
 
