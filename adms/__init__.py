@@ -5,6 +5,7 @@
 """
 
 from adms.cache import ADMSKVCache
+from adms.calibration import Calibration
 from adms.compressors import Compressor, register_compressor
 from adms.config import ADMSConfig
 from adms.enable import disable_adms, enable_adms_llm, enable_streaming_llm, is_enabled
@@ -17,6 +18,7 @@ from adms.errors import (
     SessionFileError,
     UnsupportedModelError,
 )
+from adms.fit import calibrate
 from adms.generation import generate_turn
 from adms.importance import register_metric
 
@@ -27,10 +29,12 @@ __all__ = [
     "ADMSTypeError",
     "ADMSValueError",
     "CacheStateError",
+    "Calibration",
     "Compressor",
     "ForwardError",
     "SessionFileError",
     "UnsupportedModelError",
+    "calibrate",
     "disable_adms",
     "enable_adms_llm",
     "enable_streaming_llm",

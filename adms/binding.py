@@ -20,11 +20,13 @@ from adms.errors import CacheStateError
 from adms.importance import Metric
 from adms.kernels import Kernel
 from adms.positions import MiddleGeometry
+from adms.tiers.head_landmarks import HeadLandmarkStore
 from adms.tiers.landmarks import ALIGNMENT, LandmarkStore
 from adms.tiers.middle import MiddlePlan
 from adms.timeline import Timeline
 
 if TYPE_CHECKING:
+    from adms.attention.span_learner import IntegratedAttentionConfig, SpanLearner
     from adms.attention.sparse_prefill import SparsePrefillConfig
 
 # The middle is counted at this many bytes an element, whatever dtype the model runs in.
@@ -100,7 +102,9 @@ class Binding:
         calibration: what is fitted to the model once, shared with its other bindings; None where
             the compressor has no use for it.
         fit: fits that.
+        gates: weights of learned gates, by layer.
         sparse_prefill: how chunks of more than one token attend; None: to everything.
+        integrated_attention: how spans over the recent tier are learned; None: all of it is read.
         kernel: what decodes single tokens.
         captures: whether the family's decoder can be captured in a CUDA graph.
     """
@@ -117,7 +121,9 @@ class Binding:
     context: Callable[[int, TokenShape, torch.dtype], LayerContext]
     calibration: Calibration | None = None
     fit: Callable[[Calibration], None] | None = None
+    gates: tuple[torch.Tensor, ...] = ()
     sparse_prefill: "SparsePrefillConfig | None" = None
+    integrated_attention: "IntegratedAttentionConfig | None" = None
     kernel: Kernel = "auto"
     captures: bool = False
     _plans: dict[Any, MiddlePlan | None] = field(default_factory=dict)
@@ -133,7 +139,8 @@ class Binding:
     @property
     def shared_nbytes(self) -> int:
         """Bytes that depend on the model alone; 0 until the code is fitted."""
-        return 0 if self.calibration is None else self.calibration.nbytes
+        gates = sum(weight.numel() * weight.itemsize for weight in self.gates)
+        return gates + (0 if self.calibration is None else self.calibration.nbytes)
 
     def fit_before(self, timeline: Timeline, new: list[int]) -> None:
         """Fits the code to the model if ``new`` tokens per row are the first that need it."""
@@ -155,6 +162,13 @@ class Binding:
                 "the model this cache is bound to was disabled; call enable_adms_llm(model) again "
                 "and use the cache it returns"
             )
+
+    def new_spans(self) -> "SpanLearner | None":
+        """Spans that read everything, to be learned; None where none are asked for."""
+        if self.integrated_attention is None:
+            return None
+        own = [index for index in range(self.num_layers) if self.is_adms_layer(index)]
+        return self.integrated_attention.start(own, self.sizes.recent)
 
     def is_adms_layer(self, layer_idx: int) -> bool:
         """Whether ADMS holds this layer's memory."""
@@ -211,13 +225,14 @@ class Binding:
         arena_bytes = tokens * raw.record_bytes
         coded_bytes = tokens * shape.num_elements * BUDGET_ITEMSIZE
         # Counted like everything of the middle, at two bytes an element whatever the dtype.
-        store = None
+        store: LandmarkStore | HeadLandmarkStore | None = None
         if config.importance_ratio > 0:
             codes = compressor.bind(context, coded_bytes, config)
+            kind = HeadLandmarkStore if config.use_adaptive_budget else LandmarkStore
             most = int(coded_bytes * config.importance_ratio)
-            store = LandmarkStore.within(shape, dtype, most, codes)
+            store = kind.within(shape, dtype, most, codes)
             if store.count < config.min_importance_tokens:
-                least = LandmarkStore(shape, dtype, config.min_importance_tokens, codes)
+                least = kind(shape, dtype, config.min_importance_tokens, codes)
                 # At most half, so that a small budget still codes something.
                 store = least if least.nbytes <= coded_bytes // 2 else store
             store = store if store.count else None
@@ -255,6 +270,8 @@ class Binding:
         total += plan.arena_bytes if plan is not None else 0
         # The pass under way: its tokens, its queries where a commit wants them, one flag a layer.
         total += self.sizes.chunk * token + 1
+        if self.integrated_attention is not None:
+            total += self.integrated_attention.measured_bytes
         if plan is not None and plan.needs_queries:
             heads = kind.num_query_heads
             total += self.sizes.chunk * heads * shape.key_dim * dtype.itemsize

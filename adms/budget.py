@@ -7,7 +7,13 @@ import torch
 
 
 def select_landmarks(
-    scores: torch.Tensor, tokens: torch.Tensor, count: int, *, segments: int, priority: float
+    scores: torch.Tensor,
+    tokens: torch.Tensor,
+    count: int,
+    *,
+    segments: int,
+    priority: float,
+    limits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Chooses the candidates that are kept exactly.
 
@@ -20,9 +26,11 @@ def select_landmarks(
         count: places (``L``).
         segments: spans of the text.
         priority: share of the places dealt to segments, 0..1.
+        limits: ``[B]`` places to deal out in each row, at most ``count``; None: all.
 
     Returns:
-        ``[B, L]`` indices of candidates; where there are too few, indices of absent ones.
+        ``[B, L]`` indices of candidates, the foremost choice first; where there are too few,
+        indices of absent ones.
     """
     present = tokens >= 0
     scores = torch.where(present, scores.float(), -torch.inf)
@@ -35,7 +43,8 @@ def select_landmarks(
     same = segment[:, :, None] == segment[:, None, :]
     ahead = rank[:, None, :] < rank[:, :, None]
     rank_in_segment = (same & ahead).sum(2)
-    quota = int(count * priority) // segments
-    favoured = present & (rank_in_segment < quota)
+    places = torch.full_like(first[:, 0], count) if limits is None else limits
+    quota = (places.double() * priority).long() // segments
+    favoured = present & (rank_in_segment < quota[:, None])
     key = rank - favoured.long() * tokens.shape[1] + (~present).long() * tokens.shape[1]
     return torch.argsort(key, dim=1, stable=True)[:, :count]

@@ -29,6 +29,7 @@ from adms.tiers.window import WindowLayer
 from adms.timeline import Timeline
 
 if TYPE_CHECKING:
+    from adms.attention.span_learner import SpanLearner
     from adms.step import DecodeStep
 
 
@@ -72,6 +73,7 @@ class ADMSKVCache(Cache):
         self.binding: Binding | None = None
         self.timeline: Timeline | None = None
         self.view: ForwardView | None = None
+        self.spans: SpanLearner | None = None
         self._in_flight: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self._plain_before: list[tuple[Any, dict[str, Any]]] = []
         self._owner: dict[str, weakref.ref[_Ticket]] = {}
@@ -109,6 +111,7 @@ class ADMSKVCache(Cache):
             else binding.plain_layer(index)
             for index in range(binding.num_layers)
         ]
+        self.spans = binding.new_spans()
 
     @property
     def binding_for_use(self) -> Binding:
@@ -211,6 +214,9 @@ class ADMSKVCache(Cache):
             text_positions=not self.config.enable_pos_shift,
             anchor_mode=self.config.anchor_mode,
         )
+        if self.spans is not None:
+            interval, ring = self.config.compression_interval, binding.sizes.ring
+            view.measures_spans = self.spans.is_due(timeline.seen, new, interval, ring)
         # Layers that ADMS leaves alone take their tokens at once, in new tensors.
         self._plain_before = [
             (layer, dict(layer.__dict__))
@@ -236,6 +242,12 @@ class ADMSKVCache(Cache):
                 "this call came from elsewhere"
             )
         return self.view
+
+    def span(self, layer_idx: int) -> int | None:
+        """Tokens of the recent tier that a layer reads in the pass under way; None: all of them."""
+        if self.spans is None or not self.require_view().ring_is_full:
+            return None
+        return self.spans.span(layer_idx)
 
     def in_flight_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows with a real token in this one-token pass, and the ring slots it goes to."""
@@ -272,6 +284,7 @@ class ADMSKVCache(Cache):
         if not view.in_ring or after != timeline.evicted:
             works = self._works(layers, timeline, view, after)
             settle_landmarks([work.layer for work in works], [work.commit for work in works])
+        spans = self._spans_after(view, layers)
         undo = Undo()
         for work in works:
             work.layer.keep_overwritten(work.commit, work.moves, undo)
@@ -285,6 +298,7 @@ class ADMSKVCache(Cache):
             # All that tells the new state from the old is this one assignment, so an interrupt
             # falls before it or after it.
             self.timeline = timeline.after(view.new, after, view.columns)
+            self.spans = spans
             if self.step is not None and (works or not view.is_step):
                 self.step.stale = True
             if view.is_step and not works and view.device.type != "cpu":
@@ -297,6 +311,20 @@ class ADMSKVCache(Cache):
                 self._broken = False
             raise
         self._close()
+
+    def _spans_after(self, view: ForwardView, layers: list[ADMSLayer]) -> "SpanLearner | None":
+        """The spans once the pass is committed."""
+        if self.spans is None or not layers or not view.ring_is_full:
+            return self.spans
+        measured = None
+        if view.measures_spans:
+            device = layers[-1].device
+            masses = [layer.recent_mass for layer in layers if layer.recent_mass is not None]
+            if len(masses) < len(layers):
+                raise CacheStateError("a layer's attention did not run in this pass")
+            # One transfer from the device per measured pass.
+            measured = torch.stack([mass.to(device) for mass in masses])
+        return self.spans.after(measured, view.columns)
 
     def _works(
         self, layers: list[ADMSLayer], timeline: Timeline, view: ForwardView, after: list[int]
@@ -425,7 +453,11 @@ class ADMSKVCache(Cache):
             for tensor in layer.tensors():
                 storage = tensor.untyped_storage()
                 storages[storage.data_ptr(), tensor.device] = storage.nbytes()
-        return sum(storages.values()) + self._step_bytes
+        return sum(storages.values()) + self._span_bytes + self._step_bytes
+
+    @property
+    def _span_bytes(self) -> int:
+        return 0 if self.spans is None else self.spans.nbytes
 
     @property
     def _step_bytes(self) -> int:
@@ -445,11 +477,10 @@ class ADMSKVCache(Cache):
         """
         binding = self.binding_for_use
         batch = self.timeline.batch_size if self.timeline is not None else 1
-        return (
-            sum(binding.max_layer_bytes(index, layer) for index, layer in enumerate(self.layers))
-            * max(batch, 1)
-            + self._step_excess
+        layers = sum(
+            binding.max_layer_bytes(index, layer) for index, layer in enumerate(self.layers)
         )
+        return layers * max(batch, 1) + self._span_bytes + self._step_excess
 
     @property
     def _step_excess(self) -> int:
@@ -498,7 +529,11 @@ class ADMSKVCache(Cache):
                 "landmarks": geometry.landmarks if coded else 0,
                 "bytes_per_layer_and_row": layer.middle.plan.arena_bytes,
             }
+        optional = {}
+        if self.spans is not None:
+            optional["integrated_attention"] = self.spans.report()
         return {
+            **optional,
             "tokens_seen": seen,
             "batch_size": self.timeline.batch_size,
             "sink": {"tokens": min(evicted, sizes.sink), "capacity": sizes.sink},
@@ -583,6 +618,7 @@ class ADMSKVCache(Cache):
                 layer.reset()
             else:
                 self.layers[index] = self.binding_for_use.plain_layer(index)
+        self.spans = None if self.binding is None else self.binding.new_spans()
         self._broken = False
 
     def _select_rows(self, rows: torch.Tensor) -> None:

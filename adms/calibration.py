@@ -143,11 +143,19 @@ class Calibration:
             for name, part in (layer.tensors or {}).items()
         }
 
+    def equals(self, other: "Calibration") -> bool:
+        """Whether both hold the same tensors."""
+        mine, theirs = self.state(), other.state()
+        return mine.keys() == theirs.keys() and all(
+            torch.equal(part.cpu(), theirs[name].cpu()) for name, part in mine.items()
+        )
+
     def load_state(self, state: dict[str, torch.Tensor], source: str) -> None:
         """Takes over the tensors of ``state()``.
 
         Raises:
-            ADMSValueError: names, shapes or dtypes are not those of this model.
+            ADMSValueError: names, shapes or dtypes are not those of this model, or a number is not
+                finite.
         """
         expected = {
             f"{index}.{name}": (tuple(shape), dtype)
@@ -164,6 +172,12 @@ class Calibration:
             raise ADMSValueError(
                 f"the calibration is not one of this model: {name} is {found.get(name)}, expected "
                 f"{expected.get(name)}; make one with adms.calibrate(model, texts)"
+            )
+        broken = [name for name, part in state.items() if not bool(torch.isfinite(part).all())]
+        if broken:
+            raise ADMSValueError(
+                f"the calibration holds NaN or infinity in {broken[0]}; make one with "
+                "adms.calibrate(model, texts)"
             )
         for index, layer in self.layers.items():
             prefix = f"{index}."

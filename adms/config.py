@@ -39,7 +39,8 @@ class ADMSConfig:
         importance_ratio: share of the budget's bytes that keeps chosen tokens exactly.
         importance_metric: name of a registered importance metric.
         min_importance_tokens: least number of exactly kept tokens where ``importance_ratio`` > 0.
-        use_adaptive_budget: shift exactly kept tokens between heads by the variance of their keys.
+        use_adaptive_budget: each KV head chooses its own landmarks, more of them where its codes
+            are worse, in the same bytes.
         coverage_segments: equal spans of the text over which coverage is spread.
         coverage_priority: share of the exactly kept tokens that is spread over the segments.
         anchor_mode: where an entry sits that is older than the coded tokens or stands for several

@@ -10,11 +10,13 @@ from torch import nn
 from adms.binding import PositionScheme
 from adms.cache import ADMSKVCache
 from adms.errors import ADMSValueError
+from adms.gates.coder import GatedCompressor
 from adms.kernels import has_triton
 from adms.kernels.decode_attention import rotate
 from adms.layer import ADMSLayer
 from adms.positions import ForwardView
 from adms.step import DecodeStep, phase_of
+from adms.tiers.head_landmarks import HeadLandmarkStore
 
 logger = logging.getLogger("adms")
 
@@ -93,7 +95,13 @@ def _obstacle(cache: ADMSKVCache, view: ForwardView, arguments: dict[str, Any]) 
             return "some layers have windows of their own"
         if len({_form(layer) for layer in layers}) > 1:
             return "the layers differ in shape, or in what their middle holds"
+        if cache.spans is not None:
+            return "spans over the recent tier are learned from single tokens too"
         plan = layers[0].middle.plan if layers[0].middle is not None else None
+        if plan is not None and isinstance(plan.store, HeadLandmarkStore):
+            return "each head keeps landmarks of its own"
+        if isinstance(binding.compressor, GatedCompressor):
+            return "entries for several tokens are read together with their landmarks"
         if plan is not None and plan.needs_queries:
             return "the compressor or the importance metric asks for the queries of every token"
         schemes = {id(kind.scheme) for kind in binding.kinds}

@@ -6,6 +6,7 @@ decoder splits long inputs (``streaming``), its attention modules hand over keys
 """
 
 import dataclasses
+import os
 import types
 import weakref
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adms import compat
+from adms.attention.span_learner import IntegratedAttentionConfig
 from adms.attention.sparse_prefill import SparsePrefillConfig
 from adms.attention.window import attend_layer
 from adms.binding import Binding
@@ -29,16 +31,38 @@ from adms.compressors.base import LayerContext
 from adms.config import ADMSConfig, Sizes, check_layer_config, config_from, resolve_sizes
 from adms.entries import TokenShape
 from adms.errors import ADMSTypeError, ADMSValueError, CacheStateError
+from adms.gates.coder import put_gate
+from adms.gates.config import AdaptiveUpdateConfig
 from adms.generation import check_generate
 from adms.importance import METRICS
 from adms.kernels import Kernel, check_kernel
-from adms.moments import fit_to_own_texts, plan_calibration
+from adms.moments import fit_to_own_texts, plan_calibration, resolve_calibration
 from adms.patches import Family, find_family
 from adms.patches.base import bind_method, modeling_function
 from adms.step import step_attention
 from adms.streaming import named_arguments, stream
 
 Undo = Callable[[], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionalLayers:
+    """What a cache may have beside its tiers; see ``enable_adms_llm``.
+
+    Raises:
+        ADMSTypeError: a value of the wrong type.
+    """
+
+    adaptive_update: AdaptiveUpdateConfig | None = None
+    integrated_attention: IntegratedAttentionConfig | None = None
+    sparse_prefill: SparsePrefillConfig | None = None
+
+    def __post_init__(self) -> None:
+        check_layer_config(self.adaptive_update, AdaptiveUpdateConfig, "adaptive_update")
+        check_layer_config(
+            self.integrated_attention, IntegratedAttentionConfig, "integrated_attention"
+        )
+        check_layer_config(self.sparse_prefill, SparsePrefillConfig, "sparse_prefill")
 
 
 @dataclass(eq=False)
@@ -66,7 +90,7 @@ class Installation:
     def binding(
         self,
         config: ADMSConfig,
-        sparse_prefill: SparsePrefillConfig | None = None,
+        optional: OptionalLayers | None = None,
         calibration: Calibration | None = None,
         kernel: Kernel = "auto",
     ) -> Binding:
@@ -81,20 +105,36 @@ class Installation:
         decoder = self.family.decoder(model)
         metric = METRICS.get(config.importance_metric)
         compressor = resolve_compressor(config)
+        layers = OptionalLayers() if optional is None else optional
+        gates: tuple[torch.Tensor, ...] = ()
+        if layers.adaptive_update is not None:
+            if compressor is None:
+                raise ADMSValueError(
+                    "adaptive_update folds tokens that enter the middle, and compressed_budget=0 "
+                    "leaves none; give it a budget, or leave adaptive_update out"
+                )
+            compressor, gates = put_gate(compressor, layers.adaptive_update, model)
         block = compressor.block_tokens(config) if compressor is not None else 1
         sizes = resolve_sizes(config, self.family.max_positions(decoder.config), block)
 
         uses = compressor is not None and compressor.uses_calibration
+        if calibration is not None and not uses:
+            raise ADMSValueError(
+                f"compressor_type={config.compressor_type!r} makes no use of a calibration; leave "
+                "it out"
+            )
         calibration = (calibration or self._own_calibration(model)) if uses else None
 
         def context(layer_idx: int, shape: TokenShape, dtype: torch.dtype) -> LayerContext:
             own = None if calibration is None else calibration.layers[layer_idx]
-            return LayerContext(shape, dtype, layer_idx, calibration=own)
+            # A family may keep further layers after those of its attentions.
+            gate = gates[layer_idx] if layer_idx < len(gates) else None
+            return LayerContext(shape, dtype, layer_idx, calibration=own, gate=gate)
 
         def bind(sizes: Sizes, block: int) -> Binding:
             kinds = [*self.family.kinds(decoder), *self.family.further_kinds(decoder, sizes)]
-            if sparse_prefill is not None:
-                sparse_prefill.check_kinds(kinds)
+            if layers.sparse_prefill is not None:
+                layers.sparse_prefill.check_kinds(kinds)
             return Binding(
                 model_key=self.model_key,
                 config=config,
@@ -106,11 +146,13 @@ class Installation:
                 block_tokens=block,
                 is_active=lambda: self.active,
                 context=context,
-                sparse_prefill=sparse_prefill,
                 kernel=kernel,
                 captures=self.family.captures,
                 calibration=calibration,
                 fit=self._fit,
+                gates=gates,
+                sparse_prefill=layers.sparse_prefill,
+                integrated_attention=layers.integrated_attention,
             )
 
         binding = bind(sizes, block if sizes.interval >= block else 1)
@@ -129,6 +171,9 @@ def enable_adms_llm(
     model: nn.Module,
     config: ADMSConfig | None = None,
     *,
+    calibration: Calibration | str | os.PathLike[str] | None = None,
+    adaptive_update: AdaptiveUpdateConfig | None = None,
+    integrated_attention: IntegratedAttentionConfig | None = None,
     sparse_prefill: SparsePrefillConfig | None = None,
     kernel: Kernel = "auto",
     **parameters: Any,
@@ -141,6 +186,12 @@ def enable_adms_llm(
     Args:
         model: a transformers causal language model of a supported family.
         config: the configuration; or give single parameters of ``ADMSConfig`` instead.
+        calibration: what ``calibrate`` returned, or the path it wrote; None has the code fitted
+            to texts of the model's own when the first stream needs it.
+        adaptive_update: a gate before the middle, which folds tokens that are alike into one entry;
+            None gives every token its own. A saved session is loaded with the same.
+        integrated_attention: reads only as much of the recent tier, in each layer, as a span says
+            that is learned while the stream runs; None reads all of it.
         sparse_prefill: makes chunks of more than one token attend to the blocks that matter most
             to them, in this cache; None attends to everything. It is no part of a saved session.
         kernel: what decodes single tokens: "triton" (fused kernels in a captured CUDA graph, or an
@@ -157,19 +208,25 @@ def enable_adms_llm(
         ADMSValueError: a value that cannot work, or that does not fit the model.
     """
     settings = config_from(config, parameters)
+    optional = OptionalLayers(
+        adaptive_update=adaptive_update,
+        integrated_attention=integrated_attention,
+        sparse_prefill=sparse_prefill,
+    )
     check_kernel(kernel)
-    check_layer_config(sparse_prefill, SparsePrefillConfig, "sparse_prefill")
     if not isinstance(model, nn.Module):
         raise ADMSTypeError(f"model must be a transformers model, got {type(model).__name__}")
-    host = _host(model)
+    host = host_of(model)
     installation = _INSTALLED.get(host)
     if installation is None:
         family = find_family(host)
         # Resolved on a trial installation first: a refused call must leave the model as it was.
-        Installation(family, weakref.ref(host)).binding(settings, sparse_prefill, kernel=kernel)
+        trial = Installation(family, weakref.ref(host))
+        trial.binding(settings, optional, resolve_calibration(host, family, calibration))
         installation = _install(host, family)
+    given = resolve_calibration(host, installation.family, calibration)
     cache = ADMSKVCache(settings)
-    cache.bind(installation.binding(settings, sparse_prefill, kernel=kernel))
+    cache.bind(installation.binding(settings, optional, given, kernel))
     return cache
 
 
@@ -207,7 +264,7 @@ def disable_adms(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise ADMSTypeError(f"model must be a transformers model, got {type(model).__name__}")
-    installation = _INSTALLED.pop(_host(model), None)
+    installation = _INSTALLED.pop(host_of(model), None)
     if installation is None:
         return
     installation.active = False
@@ -217,10 +274,10 @@ def disable_adms(model: nn.Module) -> None:
 
 def is_enabled(model: nn.Module) -> bool:
     """Whether a model is enabled."""
-    return _host(model) in _INSTALLED
+    return host_of(model) in _INSTALLED
 
 
-def _host(model: nn.Module) -> nn.Module:
+def host_of(model: nn.Module) -> nn.Module:
     """The transformers model inside a wrapper such as PEFT's."""
     inner = getattr(model, "get_base_model", None)
     return inner() if callable(inner) else model

@@ -35,6 +35,7 @@ class ADMSLayer(CacheLayerMixin):
         exact: sinks and recent ring, or None before the first token.
         middle: the compressed tier, or None where the budget is 0.
         staged: the tokens of the pass under way, kept aside until it is committed.
+        recent_mass: ``[S]`` where in the recent tier the pass's attention went, if measured.
     """
 
     is_sliding = False
@@ -49,6 +50,7 @@ class ADMSLayer(CacheLayerMixin):
         self.staged: Entries | None = None
         self.queries: torch.Tensor | None = None
         self.finite: torch.Tensor | None = None
+        self.recent_mass: torch.Tensor | None = None
 
     # --- the pass under way ---------------------------------------------------------------------
 
@@ -146,7 +148,7 @@ class ADMSLayer(CacheLayerMixin):
 
     def drop_pass(self) -> None:
         """Forgets what was kept aside."""
-        self.staged = self.queries = self.finite = None
+        self.staged = self.queries = self.finite = self.recent_mass = None
 
     def prepare(self, moves: Moves, totals: list[int], recent: "RecentWindow") -> "LayerCommit":
         """Works out this layer's part of a commit without changing anything."""
@@ -192,7 +194,8 @@ class ADMSLayer(CacheLayerMixin):
             held += tier.tensors() if tier is not None else []
         if self.staged is not None:
             held += [self.staged.keys, self.staged.values]
-        return held + [part for part in (self.queries, self.finite) if part is not None]
+        further = (self.queries, self.finite, self.recent_mass)
+        return held + [part for part in further if part is not None]
 
     def map_tensors(self, change: Any) -> None:
         """Replaces every stored tensor by ``change(tensor)`` (rows come first in all of them)."""

@@ -11,7 +11,8 @@ keys/values, ``S`` blocks of heads with a basis each, ``J`` channels of a block.
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +22,10 @@ from tqdm import tqdm
 
 from adms.binding import rotate_to
 from adms.cache import ADMSKVCache
-from adms.calibration import Calibration
+from adms.calibration import Calibration, read_calibration
 from adms.config import ADMSConfig
 from adms.entries import TokenShape
-from adms.errors import ADMSTypeError, ADMSValueError
+from adms.errors import ADMSTypeError
 from adms.layer import ADMSLayer
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class ObservingCache(ADMSKVCache):
     """An exact window that sums up the keys, values and queries of all tokens but the first.
 
     Args:
-        window: tokens of the window, fewer where the model has too few positions.
+        window: tokens of the window.
         chunk: most tokens of a pass.
         calibration: what is to be fitted.
         generator: draws the positions that queries are turned to.
@@ -203,6 +204,31 @@ def plan_calibration(model: nn.Module, family: "Family") -> Calibration:
     return Calibration.planned(shapes, weights)
 
 
+def resolve_calibration(
+    model: nn.Module, family: "Family", given: Calibration | str | os.PathLike[str] | None
+) -> Calibration | None:
+    """What ``enable_adms_llm`` was given, checked against the model.
+
+    Raises:
+        ADMSTypeError: neither a calibration nor a path.
+        ADMSValueError: it cannot be read, is not fitted, or is of another model.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, Calibration | str | os.PathLike):
+        raise ADMSTypeError(
+            "calibration must be what adms.calibrate returned or the path it wrote, got "
+            f"{type(given).__name__}"
+        )
+    plan = plan_calibration(model, family)
+    if isinstance(given, Calibration):
+        # Checks its form; the object itself is kept, so that caches share its tensors.
+        plan.load_state(given.state(), given.source)
+        return given
+    plan.load_state(*read_calibration(given))
+    return plan
+
+
 def fit_to_own_texts(model: nn.Module, calibration: Calibration, seed: int = 0) -> None:
     """Fits a calibration to texts that the model writes itself.
 
@@ -244,7 +270,11 @@ def fit_to_own_texts(model: nn.Module, calibration: Calibration, seed: int = 0) 
 
 
 def fit_to_texts(
-    model: nn.Module, calibration: Calibration, texts: list[torch.Tensor], seed: int = 0
+    model: nn.Module,
+    calibration: Calibration,
+    texts: list[torch.Tensor],
+    positions: int | None,
+    seed: int = 0,
 ) -> None:
     """Fits a calibration to token ids, with a progress bar.
 
@@ -252,17 +282,20 @@ def fit_to_texts(
         model: enabled.
         calibration: what is to be fitted.
         texts: one-dimensional token ids each.
+        positions: that the model was trained on; None where any distance works.
         seed: of the positions that queries are turned to.
     """
     generator = torch.Generator().manual_seed(seed)
-    cache = ObservingCache(READ_WINDOW, READ_CHUNK, calibration, generator)
+    limit = positions or 4 * READ_WINDOW
+    window, chunk = min(READ_WINDOW, limit // 4), min(READ_CHUNK, limit // 4)
+    cache = ObservingCache(window, chunk, calibration, generator)
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     device = embeddings.weight.device
     total = sum(len(text) for text in texts)
     with _evaluating(model), tqdm(total=total, desc="calibrating", unit="token") as bar:
         for text in texts:
             cache.reset()
-            for part in text.split(READ_CHUNK):
+            for part in text.split(chunk):
                 model(part[None].to(device), past_key_values=cache)
                 bar.update(len(part))
     calibration.fill(cache.moments, f"{total} tokens of {len(texts)} texts")
@@ -279,25 +312,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def check_texts(texts: Any) -> list[Any]:
-    """A list of strings or of one-dimensional token ids.
-
-    Raises:
-        ADMSTypeError: anything else.
-    """
-    if isinstance(texts, str) or not isinstance(texts, Sequence):
-        raise ADMSTypeError(
-            f"texts must be a list of strings or of token id tensors, got {type(texts).__name__}"
-        )
-    if not texts:
-        raise ADMSValueError("texts is empty; give some, or None to let the model write its own")
-    for text in texts:
-        is_ids = isinstance(text, torch.Tensor) and text.dim() == 1 and not text.is_floating_point()
-        if not isinstance(text, str) and not is_ids:
-            raise ADMSTypeError(
-                "texts must hold strings or one-dimensional tensors of token ids, got "
-                f"{type(text).__name__}"
-            )
-    return list(texts)

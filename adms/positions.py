@@ -120,6 +120,8 @@ class ForwardView:
         self.is_step = False
         #: ``[B]`` text position before which a family has the middle forgotten, or None
         self.forgotten: torch.Tensor | None = None
+        #: whether the pass measures where in the recent tier attention goes
+        self.measures_spans = False
         #: per-pass results that attention shares between layers, by key
         self.shared: dict[object, object] = {}
 
@@ -189,6 +191,34 @@ class ForwardView:
             evicted == 0 or (evicted >= sink and held - evicted == self.sizes.ring)
         )
         return tokens, None if full else valid[:, start:stop]
+
+    @property
+    def ring_is_full(self) -> bool:
+        """Whether every row's ring was written to the end."""
+        return min(self.timeline.seen) >= self.sizes.ring
+
+    def newest_slots(self, span: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The part of the buffer that a span over a full ring reads: sinks, then newest tokens.
+
+        Args:
+            span: tokens of the recent tier, those of this pass not counted.
+
+        Returns:
+            Slots and text positions ``[1 or B, N]``, and which of them hold something (None: all).
+        """
+        sink = self.sizes.sink
+        count = span + (1 if self.in_ring else 0)
+        end = self.seen + (self.fresh if self.in_ring else 0)
+        newest = (end - count)[:, None] + torch.arange(count, device=self.device)
+        sinks = torch.arange(sink, device=self.device).expand(len(self.seen), -1)
+        slots = torch.cat([sinks, sink + newest % self.sizes.ring], dim=1)
+        tokens = torch.cat([sinks, newest], dim=1)
+        # Known on the host, like the whole buffer's.
+        seen, evicted = self.timeline.seen[0], self.timeline.evicted[0]
+        if self.is_uniform and sink <= evicted <= seen - span:
+            return slots, tokens, None
+        evicted_rows = self.evicted[:, None]
+        return slots, tokens, torch.cat([sinks < evicted_rows, newest >= evicted_rows], dim=1)
 
     def exact_positions(
         self, tokens: torch.Tensor, geometry: MiddleGeometry | None

@@ -17,7 +17,9 @@ from adms import session_file
 from adms.cache import ADMSKVCache
 from adms.config import ADMSConfig
 from adms.enable import disable_adms, enable_adms_llm, is_enabled
-from adms.errors import ADMSTypeError
+from adms.errors import ADMSTypeError, ADMSValueError
+from adms.moments import resolve_calibration
+from adms.patches import find_family
 from adms.session_content import LAST_IDS, collect
 from adms.session_reader import SessionReader
 
@@ -117,12 +119,29 @@ def load_session(path: str | os.PathLike[str], model: nn.Module, **arguments: An
     reader.check_model(host)
     config = reader.config()
     notes, last_ids = reader.get("notes", dict), reader.last_ids()
+    arguments = {**reader.optional_layers(given=arguments), **arguments}
+    stored = reader.calibration(host)
+    if stored is not None:
+        given = resolve_calibration(host, find_family(host), arguments.pop("calibration", None))
+        if given is not None and not given.equals(stored):
+            raise reader.misfit("its codes were made with another calibration; leave yours out")
+        arguments["calibration"] = given or stored
     was_enabled = is_enabled(model)
     try:
-        cache = enable_adms_llm(model, config=config, **arguments)
+        cache = _enabled(model, config, reader, arguments)
         reader.fill(cache, host)
     except BaseException:
         if not was_enabled:
             disable_adms(model)
         raise
     return Session(cache, last_ids, notes)
+
+
+def _enabled(
+    model: nn.Module, config: ADMSConfig, reader: SessionReader, arguments: dict[str, Any]
+) -> ADMSKVCache:
+    try:
+        return enable_adms_llm(model, config=config, **arguments)
+    except ADMSValueError as error:
+        # Valid by itself, but not on this model.
+        raise reader.misfit(f"its configuration: {error}") from error

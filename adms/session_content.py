@@ -4,9 +4,11 @@ from typing import Any
 
 import torch
 
+from adms.binding import Binding
 from adms.cache import ADMSKVCache
 from adms.errors import ADMSTypeError
 from adms.fingerprint import describe_codes, describe_model, model_of, sample_weights
+from adms.gates.coder import GatedCompressor
 from adms.layer import ADMSLayer
 from adms.tiers.middle import MiddlePlan
 
@@ -14,6 +16,9 @@ from adms.tiers.middle import MiddlePlan
 PLAIN_COUNTS = {"DynamicSlidingWindowLayer": "cumulative_length", "WindowLayer": "length"}
 # The tensor of ids that a caller keeps beside the cache.
 LAST_IDS = "last_token_ids"
+# What comes before the names of a calibration's tensors.
+CALIBRATION = "calibration"
+SPANS = "spans."
 
 
 def collect(cache: ADMSKVCache) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -32,11 +37,19 @@ def collect(cache: ADMSKVCache) -> tuple[dict[str, torch.Tensor], dict[str, Any]
             own, described = _plain_state(layer, index)
         tensors |= {f"layers.{index}.{name}": tensor for name, tensor in own.items()}
         layers.append(described)
+    if cache.spans is not None:
+        tensors |= {SPANS + name: part for name, part in cache.spans.tensors().items()}
     config = cache.config
+    if filled and binding.calibration is not None:
+        # Codes can only be read with the bases that they were made with.
+        state = binding.calibration.state()
+        tensors |= {f"{CALIBRATION}.{name}": part for name, part in state.items()}
     return tensors, {
+        "optional": _optional_layers(binding),
         "model": describe_model(model),
         "weights": sample_weights(model),
         "codes": describe_codes(binding),
+        "calibration": "" if binding.calibration is None else binding.calibration.source,
         "config": config.to_dict(),
         "explicit": sorted(config.explicit),
         "sizes": dict(vars(binding.sizes)),
@@ -48,6 +61,16 @@ def collect(cache: ADMSKVCache) -> tuple[dict[str, torch.Tensor], dict[str, Any]
         },
         "layers": layers,
     }
+
+
+def _optional_layers(binding: Binding) -> dict[str, dict[str, Any]]:
+    """The settings of the optional layers that a stream's state depends on."""
+    found = {}
+    if isinstance(binding.compressor, GatedCompressor):
+        found["adaptive_update"] = binding.compressor.update.to_dict()
+    if binding.integrated_attention is not None:
+        found["integrated_attention"] = binding.integrated_attention.to_dict()
+    return found
 
 
 def _adms_state(layer: ADMSLayer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -1,12 +1,15 @@
 """The way from a session file into a cache: what is read is checked before it is used."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from adms.attention.span_learner import IntegratedAttentionConfig
 from adms.cache import ADMSKVCache
+from adms.calibration import Calibration
 from adms.config import ADMSConfig, Sizes
 from adms.errors import ADMSError, ADMSValueError, SessionFileError
 from adms.fingerprint import (
@@ -16,9 +19,11 @@ from adms.fingerprint import (
     sample_weights,
     weights_differ,
 )
+from adms.gates.config import AdaptiveUpdateConfig
 from adms.layer import ADMSLayer
+from adms.moments import plan_calibration
 from adms.patches import find_family
-from adms.session_content import LAST_IDS, PLAIN_COUNTS, describe_plan
+from adms.session_content import CALIBRATION, LAST_IDS, PLAIN_COUNTS, SPANS, describe_plan
 from adms.tiers.convert import convert_arena
 from adms.timeline import Timeline
 
@@ -91,12 +96,49 @@ class SessionReader:
         except ADMSError as error:
             raise self.misfit(f"its configuration: {error}") from error
 
+    def optional_layers(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The optional layers that the stream had, unless ``given`` says otherwise."""
+        stored = self.get("optional", dict)
+        layers: dict[str, Any] = {}
+        kinds = {
+            "adaptive_update": AdaptiveUpdateConfig,
+            "integrated_attention": IntegratedAttentionConfig,
+        }
+        for name, kind in kinds.items():
+            if name not in stored or name in given:
+                continue
+            settings = self.get(name, dict, stored)
+            if settings.get("policy") == "learned":
+                raise self.misfit(
+                    "its stream has learned gates, which belong to the model; load it with "
+                    'adaptive_update=AdaptiveUpdateConfig(policy="learned", gates=...)'
+                )
+            try:
+                layers[name] = kind(**settings)
+            except (ADMSError, TypeError) as error:
+                raise self.misfit(f"its {name}: {error}") from error
+        return layers
+
+    def calibration(self, model: nn.Module) -> Calibration | None:
+        """The bases that the codes were made with; None where nothing is coded."""
+        prefix = f"{CALIBRATION}."
+        state = {
+            name.removeprefix(prefix): part
+            for name, part in self.tensors.items()
+            if name.startswith(prefix)
+        }
+        if not state:
+            return None
+        found = plan_calibration(model, find_family(model))
+        try:
+            found.load_state(state, self.get("calibration", str))
+        except ADMSValueError as error:
+            raise self.misfit(str(error)) from error
+        return found
+
     def fill(self, cache: ADMSKVCache, model: nn.Module) -> None:
         """Puts the stream into an empty, bound cache."""
         binding = cache.binding_for_use
-        sizes = self.get("sizes", dict)
-        if sizes != vars(binding.sizes):
-            raise self.misfit(f"sizes {sizes}, but they resolve to {vars(binding.sizes)} here")
         own = describe_codes(binding) or {}
         codes = self.get("codes", dict) if self.info.get("codes") is not None else {}
         for part in sorted({*codes, *own}):
@@ -106,6 +148,9 @@ class SessionReader:
                     f"its codes were made with {part} {mine!r}, here it is {other!r}; what was "
                     "coded can only be read with the same"
                 )
+        sizes = self.get("sizes", dict)
+        if sizes != vars(binding.sizes):
+            raise self.misfit(f"sizes {sizes}, but they resolve to {vars(binding.sizes)} here")
         timeline = self._timeline(binding.sizes, binding.block_tokens)
         layers = self.get("layers", list)
         if timeline is None:
@@ -131,6 +176,16 @@ class SessionReader:
                 self._stored_dtype(),
                 _main_dtype(model),
             )
+        if cache.spans is not None and self.info.get("optional", {}).get("integrated_attention"):
+            learned = {
+                name.removeprefix(SPANS): part
+                for name, part in self.tensors.items()
+                if name.startswith(SPANS)
+            }
+            try:
+                cache.spans.load_tensors(learned)
+            except ADMSValueError as error:
+                raise self.misfit(str(error)) from error
         cache.timeline = timeline
 
     def _timeline(self, sizes: Sizes, block: int) -> Timeline | None:

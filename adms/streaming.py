@@ -64,7 +64,7 @@ def stream(
     # Held for the whole call: tokens of another one must not come between its chunks.
     with cache.exclusive():
         for stop in bounds:
-            own = _slice_arguments(arguments, start, stop, columns)
+            own = slice_arguments(arguments, start, stop, columns)
             own_valid = None if valid is None else valid[:, start:stop]
             try:
                 width = stop - start
@@ -122,9 +122,10 @@ def column_validity(
     return mask[:, -columns:].to(device="cpu", dtype=torch.bool)
 
 
-def _slice_arguments(
+def slice_arguments(
     arguments: dict[str, Any], start: int, stop: int, columns: int
 ) -> dict[str, Any]:
+    """A call's arguments for its columns ``start`` to ``stop``, as the decoder gets them."""
     own = dict(arguments)
     for name in PER_COLUMN:
         if own.get(name) is not None:

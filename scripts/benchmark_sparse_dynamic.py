@@ -1,12 +1,15 @@
 """Times hard block-sparse attention against dense SDPA, and a dynamic update against recomputing.
 
-Prints Markdown tables of milliseconds. The sparse rows time attention alone ("kernel") and
-selection by an untrained scorer with it ("module"), on random inputs. The dynamic rows time
-`update_key` and a read of all rows, over more updates than it takes for all rows to be summed
-afresh, so that the mean has that cost in it; "float64 dense" is the same object made to sum
-everything at every read.
+Prints Markdown tables of milliseconds. The sparse rows time attention alone ("kernel"), the choice
+of blocks by an untrained scorer ("selection"), and both in one call ("module"), on random inputs.
+The dynamic rows time `update_key` and a read of all rows, over more updates than it takes for all
+rows to be summed afresh, so that the mean has that cost in it; "float64 dense" is the same object
+made to sum everything at every read.
 
     python scripts/benchmark_sparse_dynamic.py [--device cuda] [--dtype bfloat16] [--threads 1]
+
+On CUDA, times are of calls one after the other, and "dense SDPA" is the faster of PyTorch's own
+choice and its flash kernel.
 """
 
 import argparse
@@ -18,6 +21,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from adms.attention.block_sparse import AdaptiveConfig, BlockSparseAdaptive, block_sparse_attention
@@ -43,34 +47,60 @@ def milliseconds(calls: list[Call], repeats: int) -> list[float]:
         # Once to compile, once to settle.
         call()
         call()
-    rounds = [[seconds(call) for call in calls] for _ in range(repeats)]
+    of_one = device_seconds if torch.cuda.is_available() else seconds
+    rounds = [[of_one(call) for call in calls] for _ in range(repeats)]
     return [1e3 * statistics.median(times) for times in zip(*rounds, strict=True)]
+
+
+def device_seconds(call: Call, count: int = 20) -> float:
+    """Mean time of one of many calls, launched one after the other."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(count):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / count / 1e3
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """Dense attention by PyTorch's flash kernel."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
 def sparse_rows(arguments: argparse.Namespace, device: str, dtype: torch.dtype) -> None:
     """Prints one row for each sparsity, with and without causality."""
-    tokens, heads, size = arguments.tokens, arguments.heads, 64
+    tokens, heads, size = arguments.tokens, arguments.heads, arguments.head_dim
     block_size = arguments.block_size
     q, k, v = (torch.randn(1, tokens, heads, size, device=device, dtype=dtype) for _ in range(3))
     q_, k_, v_ = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-    print("| causal | sparsity | dense SDPA ms | kernel ms | faster | module ms | faster |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| causal | sparsity | dense SDPA ms | kernel ms | faster | selection ms | module ms | "
+        "faster |\n|---|---|---|---|---|---|---|---|"
+    )
     for causal, asked in ((c, s) for c in (False, True) for s in (0.5, 0.9, 0.95)):
         config = AdaptiveConfig(base_sparsity=asked, budget_range=0.0, block_size=block_size)
         segments = [tokens // 4, tokens // 2, tokens]
         module = BlockSparseAdaptive(segments, [1, 2, 4], heads, size, config).to(device).eval()
         blocks, sparsity = module.block_weights(q_, k_, causal)
+        dense: list[Call] = [
+            functools.partial(scaled_dot_product_attention, q_, k_, v_, is_causal=causal)
+        ]
+        if dtype in (torch.float16, torch.bfloat16) and device.startswith("cuda"):
+            dense.append(functools.partial(flash, q_, k_, v_, causal))
         calls: list[Call] = [
-            functools.partial(scaled_dot_product_attention, q_, k_, v_, is_causal=causal),
             functools.partial(
                 block_sparse_attention, q_, k_, v_, blocks, block_size, is_causal=causal
             ),
+            functools.partial(module.block_weights, q_, k_, causal),
             functools.partial(module, q, k, v, causal),
         ]
-        dense, kernel, whole = milliseconds(calls, arguments.repeats)
+        *bases, kernel, selection, whole = milliseconds(dense + calls, arguments.repeats)
+        base = min(bases)
         print(
-            f"| {causal} | {float(sparsity.mean()):.1%} | {dense:.2f} | {kernel:.2f} | "
-            f"{dense / kernel:.1f}x | {whole:.2f} | {dense / whole:.1f}x |",
+            f"| {causal} | {float(sparsity.mean()):.1%} | {base:.2f} | {kernel:.2f} | "
+            f"{base / kernel:.1f}x | {selection:.2f} | {whole:.2f} | {base / whole:.1f}x |",
             flush=True,
         )
 
@@ -118,6 +148,7 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", default=None, help="of the sparse rows; bfloat16 on CUDA")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--entries", type=int, default=4096)
     parser.add_argument("--dynamic-heads", type=int, nargs="+", default=[1])
@@ -131,7 +162,7 @@ if __name__ == "__main__":
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if on_cuda else "float32"))
     name = torch.cuda.get_device_name() if on_cuda else platform.machine()
     print(f"{name}, torch {torch.__version__}, {arguments.threads} threads, sparse rows: {dtype}, "
-          f"{arguments.tokens} tokens, {arguments.heads} heads of 64, blocks of "
+          f"{arguments.tokens} tokens, {arguments.heads} heads of {arguments.head_dim}, blocks of "
           f"{arguments.block_size}; dynamic rows: n = {arguments.entries}, d = 64\n")  # fmt: skip
     with torch.inference_mode():
         sparse_rows(arguments, arguments.device, dtype)

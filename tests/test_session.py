@@ -359,7 +359,7 @@ def test_300_mutated_files(whole: tuple[Any, bytes], tmp_path: Path) -> None:
     tensors = session_file.load(data)
     metadata = json.loads(data[8:header])["__metadata__"]
     names = sorted(tensors)
-    for _ in range(40):
+    for _ in range(45):
         one, other = chooser.sample(names, 2)
         swapped = {**tensors, one: tensors[other], other: tensors[one]}
         mutated.append(session_file.save(swapped, metadata))
@@ -457,7 +457,8 @@ def test_tensors_of_another_form(whole: tuple[Any, bytes], tmp_path: Path) -> No
             forged = {key: value for key, value in tensors.items() if key != name}
             if wrong is not None:
                 forged[name] = wrong.contiguous()
-            assert "layer" in refused(model, path, session_file.pack(forged, info))
+            message = refused(model, path, session_file.pack(forged, info))
+            assert "layer" in message or "calibration" in message
 
 
 def test_foreign_new_and_missing_files(whole: tuple[Any, bytes], tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     )
     from adms.attention.refiner import Refiner, StateGrid
     from adms.attention.span_features import SpanReport
+    from adms.attention.span_learner import IntegratedAttentionConfig
     from adms.attention.sparse_prefill import SparsePrefillConfig
     from adms.attention.streaming_transformer import StreamingTransformer, process_video_sequence
 
@@ -86,6 +87,7 @@ _MODULES = {
     ),
     "refiner": ("Refiner", "StateGrid"),
     "span_features": ("SpanReport",),
+    "span_learner": ("IntegratedAttentionConfig",),
     "sparse_prefill": ("SparsePrefillConfig",),
     "streaming_transformer": ("StreamingTransformer", "process_video_sequence"),
 }
@@ -104,6 +106,7 @@ __all__ = [
     "DynamicAttention",
     "ImportanceScorer",
     "IntegratedAttention",
+    "IntegratedAttentionConfig",
     "KeyModule",
     "LayerNorm",
     "Linear",

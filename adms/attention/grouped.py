@@ -65,20 +65,16 @@ def _pack_bias(bias: torch.Tensor, kv_heads: int, group: int, count: int) -> tor
     return bias.unflatten(1, (kv_heads, group)).flatten(2, 3)
 
 
-def _explicit(
+def attention_weights(
     query: torch.Tensor,
     keys: torch.Tensor,
-    values: torch.Tensor,
     bias: torch.Tensor | None,
+    *,
     is_causal: bool,
     scaling: float,
-    dropout: float,
-    softcap: float | None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
-    """Attention step by step, for what fused kernels lack.
-
-    That is scores that pass a tanh before bias and softmax, or a bias of another dtype.
-    """
+    """The weights ``[B, K, H / K, Q, N]`` of ``grouped_attention``, in the query's dtype."""
     kv_heads = keys.shape[1]
     grouped = query.unflatten(1, (kv_heads, -1))
     scores = grouped @ keys[:, :, None].transpose(-1, -2) * scaling
@@ -93,6 +89,25 @@ def _explicit(
             scores = scores + bias.unflatten(1, (kv_heads, -1))
         else:
             scores = scores + bias[:, :, None]
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+
+
+def _explicit(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    is_causal: bool,
+    scaling: float,
+    dropout: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attention step by step, for what fused kernels lack.
+
+    That is scores that pass a tanh before bias and softmax, or a bias of another dtype.
+    """
+    weights = attention_weights(
+        query, keys, bias, is_causal=is_causal, scaling=scaling, softcap=softcap
+    )
     weights = torch.nn.functional.dropout(weights, p=dropout)
     return (weights @ values[:, :, None]).flatten(1, 2).transpose(1, 2)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from adms.attention.grouped import grouped_attention
+from adms.attention.span_measure import recent_mass
 from adms.attention.sparse_prefill import attend_sparsely
 from adms.attention.sparse_scores import Blocks, cut_blocks
 from adms.binding import PositionScheme
@@ -20,6 +21,7 @@ from adms.cache import ADMSKVCache
 from adms.entries import Entries
 from adms.layer import ADMSLayer
 from adms.positions import ForwardView, MiddleGeometry, MiddleView
+from adms.tiers.middle import MiddleTier
 
 
 @dataclass
@@ -57,14 +59,27 @@ def attend(
     view = cache.require_view()
     layer.keep_queries(query)
     geometry = layer.middle.plan.geometry if layer.middle is not None else None
-    parts = _parts(cache, layer, scheme, view, geometry, query)
+    span = cache.span(layer.layer_idx)
+    parts = _parts(cache, layer, scheme, view, geometry, query, span)
     query_positions, query_tables = _shared(
         view, "query", geometry, lambda: view.query_positions(geometry), scheme, query
     )
     keys = [scheme.rotate(part.entries.keys, part.tables) for part in parts]
     values = [part.entries.values for part in parts]
     rotated = scheme.rotate(query, query_tables)
-    bias = _bias(layer, scheme, view, geometry, parts, query_positions, query)
+    bias = _bias(layer, scheme, view, geometry, parts, query_positions, query, span)
+    if view.measures_spans:
+        whole = [_exact_part(layer, scheme, view, geometry, query, None), *parts[1:]]
+        layer.recent_mass = recent_mass(
+            view,
+            view.exact_tokens()[0],
+            rotated,
+            torch.cat([scheme.rotate(whole[0].entries.keys, whole[0].tables), *keys[1:]], dim=2),
+            _bias(layer, scheme, view, geometry, whole, query_positions, query, None),
+            scaling,
+            softcap,
+        )
+    # One softmax over local and global entries is their two attentions, merged by log-sum-exp.
     all_keys = keys[0] if len(keys) == 1 else torch.cat(keys, dim=2)
     all_values = values[0] if len(values) == 1 else torch.cat(values, dim=2)
     sparse = cache.binding_for_use.sparse_prefill
@@ -76,7 +91,7 @@ def attend(
         return attend_sparsely(
             sparse,
             layer.layer_idx,
-            _blocks(view, geometry, parts, query, sparse.block_size),
+            _blocks(view, geometry, parts, query, sparse.block_size, span),
             rotated,
             all_keys,
             all_values,
@@ -100,7 +115,7 @@ def attend(
 
 def _shared(
     view: ForwardView,
-    part: str,
+    part: object,
     geometry: MiddleGeometry | None,
     positions: Any,
     scheme: PositionScheme,
@@ -123,23 +138,13 @@ def _parts(
     view: ForwardView,
     geometry: MiddleGeometry | None,
     like: torch.Tensor,
+    span: int | None,
 ) -> list[Part]:
     """The layer's tiers in the order attention lays them out."""
-    if layer.exact is None or cache.timeline is None:
-        raise RuntimeError("attention before the layer received its tokens")
     parts = []
     start, stop = view.exact_slice
     if stop > start:
-        entries = Entries(layer.exact.keys[:, :, start:stop], layer.exact.values[:, :, start:stop])
-        positions, tables = _shared(
-            view,
-            "exact",
-            geometry,
-            lambda: view.exact_positions(view.exact_tokens()[0], geometry),
-            scheme,
-            like,
-        )
-        parts.append(Part(entries, positions, tables))
+        parts.append(_exact_part(layer, scheme, view, geometry, like, span))
     if layer.middle is not None and geometry is not None:
         parts += _middle_parts(cache, layer, scheme, view, geometry, like)
     if layer.staged is not None:
@@ -148,6 +153,47 @@ def _parts(
         )
         parts.append(Part(layer.staged, positions, tables))
     return parts
+
+
+def _exact_part(
+    layer: ADMSLayer,
+    scheme: PositionScheme,
+    view: ForwardView,
+    geometry: MiddleGeometry | None,
+    like: torch.Tensor,
+    span: int | None,
+) -> Part:
+    """Sinks and recent tokens, of which a ``span`` reads only the newest."""
+    exact = layer.exact
+    if exact is None:
+        raise RuntimeError("attention before the layer received its tokens")
+    if span is None:
+        start, stop = view.exact_slice
+        entries = Entries(exact.keys[:, :, start:stop], exact.values[:, :, start:stop])
+        tokens = view.exact_tokens()[0]
+    else:
+        key = ("newest", span, like.device)
+        if key not in view.shared:
+            view.shared[key] = [
+                part if part is None else part.to(like.device) for part in view.newest_slots(span)
+            ]
+        newest: Any = view.shared[key]
+        slots, tokens, valid = newest
+        if len(slots) == 1:
+            parts = [part.index_select(2, slots[0]) for part in exact.tensors()]
+        else:
+            rows = torch.arange(len(slots), device=like.device)[:, None]
+            parts = [part[rows, :, slots].transpose(1, 2) for part in exact.tensors()]
+        entries = Entries(parts[0], parts[1], valid=valid)
+    positions, tables = _shared(
+        view,
+        ("exact", span),
+        geometry,
+        lambda: view.exact_positions(tokens.to(view.device), geometry),
+        scheme,
+        like,
+    )
+    return Part(entries, positions, tables)
 
 
 def _middle_parts(
@@ -178,18 +224,72 @@ def _middle_parts(
         tokens = torch.where(coded[:, None], marked, -1)
         if view.forgotten is not None:
             tokens = torch.where(tokens >= view.forgotten.to(like.device)[:, None], tokens, -1)
-        # A landmark's code is masked as long as it is still there; an entry for several tokens
-        # stays, since the others have nothing else.
-        if geometry.entries_per_record == geometry.block_tokens:
-            is_mark = (middle.tokens.to(like.device)[:, :, None] == tokens[:, None, :]).any(2)
-            held = parts[0].entries.valid
-            valid = ~is_mark if held is None else held & ~is_mark
-            parts[0].entries = _with_valid(entries, valid, like.device)
+        there = (tokens >= 0)[:, None]
+        if marks.valid is not None:
+            there = there & marks.valid
+        parts[0].entries = without_landmarks(
+            parts[0].entries,
+            tokens,
+            there,
+            middle.tokens.to(like.device),
+            geometry,
+            layer.middle,
+            totals,
+        )
         places = landmark_positions(tokens, middle, view)
-        exact = _with_valid(marks, tokens >= 0, like.device)
+        exact = _with_valid(marks, there, like.device)
         tables = scheme.tables(places, like, view.query_positions(geometry).to(like.device))
         parts.append(Part(exact, places, tables))
     return parts
+
+
+def without_landmarks(
+    entries: Entries,
+    landmarks: torch.Tensor,
+    there: torch.Tensor,
+    places: torch.Tensor,
+    geometry: MiddleGeometry,
+    middle: MiddleTier,
+    totals: list[int],
+) -> Entries:
+    """Codes without the tokens that are landmarks too, which would count twice.
+
+    A code for one token is masked. One for several weighs that much less, if its coder knows which
+    tokens those are; else it stays, since the others have nothing else.
+
+    Args:
+        entries: the codes, ``N`` of them.
+        landmarks: ``[B, L]`` text positions; -1 where there is none.
+        there: ``[B, 1 or K, L]`` the heads that have each of them.
+        places: ``[B or 1, N]`` text positions of the codes.
+        geometry: of the middle.
+        middle: the middle.
+        totals: tokens that have entered it, per row.
+    """
+    held, device = entries.valid, places.device
+    if geometry.entries_per_record == geometry.block_tokens:
+        same = places[:, None, :, None] == landmarks[:, None, None, :]
+        is_coarse = ~(same & there[:, :, None]).any(3)
+        valid = is_coarse if held is None else held[:, None] & is_coarse
+        return _with_valid(entries, valid, device)
+    members = middle.members(totals)
+    if members is None or entries.log_weight is None:
+        return entries
+    per_record, block = geometry.entries_per_record, geometry.block_tokens
+    rows, records = members.shape[:2]
+    # Where a record's first entry sits says where its first token does.
+    first = places[:, : records * per_record : per_record] - 0.5 * block / per_record + 0.5
+    tokens = first.round()[..., None] + torch.arange(block, device=device)
+    is_mark = (tokens[..., None] == landmarks[:, None, None, :]).any(3).expand(rows, -1, -1)
+    empty = torch.zeros(rows, records, per_record, device=device)
+    counts = empty.scatter_add(2, members, torch.ones_like(is_mark, dtype=empty.dtype))
+    left = counts - empty.scatter_add(2, members, is_mark.to(empty.dtype))
+    share = (left / counts.clamp(min=1)).flatten(1)
+    # Rows that hold exact tokens still may have more entries than the others have codes.
+    share = torch.nn.functional.pad(share, (0, entries.num_entries - share.shape[1]), value=1.0)
+    weight = entries.log_weight + share.clamp(min=1e-6).log()[:, None]
+    kept = share > 0 if held is None else held & (share > 0)
+    return Entries(entries.keys, entries.values, weight, entries.positions, kept)
 
 
 def _with_valid(entries: Entries, valid: torch.Tensor | None, device: torch.device) -> Entries:
@@ -238,20 +338,23 @@ def _bias(
     parts: list[Part],
     query_positions: torch.Tensor,
     query: torch.Tensor,
+    span: int | None,
 ) -> torch.Tensor | None:
     """What is added to the scores, or None where plain (or plain causal) attention is right."""
     has_landmarks = len(parts) > 2 and geometry is not None and geometry.landmarks > 0
     weighted = any(part.entries.log_weight is not None for part in parts)
     if has_landmarks or weighted:
         # These differ between layers.
-        return _make_bias(scheme, view, parts, query_positions, query)
-    key = ("bias", geometry, id(scheme), query.device, query.dtype)
+        return _make_bias(scheme, view, parts, query_positions, query, span)
+    key = ("bias", geometry, id(scheme), query.device, query.dtype, span)
     if key not in view.shared:
-        view.shared[key] = _make_bias(scheme, view, parts, query_positions, query)
+        view.shared[key] = _make_bias(scheme, view, parts, query_positions, query, span)
     return view.shared[key]  # type: ignore[return-value]
 
 
-def _masks(view: ForwardView, parts: list[Part], device: torch.device) -> list[torch.Tensor | None]:
+def _masks(
+    view: ForwardView, parts: list[Part], device: torch.device, span: int | None
+) -> list[torch.Tensor | None]:
     """Which entries of each part hold something, ``[B or 1, K or 1, N]``; None where all do."""
     masks: list[torch.Tensor | None] = []
     for part in parts:
@@ -261,7 +364,7 @@ def _masks(view: ForwardView, parts: list[Part], device: torch.device) -> list[t
         else:
             masks.append(None)
     start, stop = view.exact_slice
-    if stop > start:
+    if stop > start and span is None:
         exact_valid = view.exact_tokens()[1]
         masks[0] = None if exact_valid is None else exact_valid.to(device)[:, None]
     return masks
@@ -273,15 +376,16 @@ def _blocks(
     parts: list[Part],
     query: torch.Tensor,
     size: int,
+    span: int | None,
 ) -> Blocks:
     """The pass's entries in the order of the text, in blocks for sparse attention."""
     device = query.device
     has_landmarks = len(parts) > 2 and geometry is not None and geometry.landmarks > 0
-    key = ("blocks", geometry, device)
+    key = ("blocks", geometry, device, span)
     if not has_landmarks and key in view.shared:
         return view.shared[key]  # type: ignore[return-value]
     held = parts[:-1]
-    masks = _masks(view, parts, device)[:-1]
+    masks = _masks(view, parts, device, span)[:-1]
     seen = [None if mask is None else mask.any(1) for mask in masks]
     rows = max([part.positions.shape[0] for part in held] + [1])
     rows = max([rows] + [mask.shape[0] for mask in seen if mask is not None])
@@ -308,9 +412,10 @@ def _make_bias(
     parts: list[Part],
     query_positions: torch.Tensor,
     query: torch.Tensor,
+    span: int | None,
 ) -> torch.Tensor | None:
     device, count = query.device, view.columns
-    masks = _masks(view, parts, device)
+    masks = _masks(view, parts, device, span)
     alone = len(parts) == 1
     fresh: torch.Tensor | None = None
     if not view.in_ring and not (alone and view.column_valid is None):

@@ -57,6 +57,9 @@ def attend_layer(
     """
     layer = cache.layers[layer_idx]
     scheme = cache.binding_for_use.kinds[layer_idx].scheme
+    if hasattr(layer, "attention"):
+        # The trainer of gates puts layers of its own in place.
+        return layer.attention(scheme, query, scaling, softcap)
     attention: Any = attend_window if isinstance(layer, WindowLayer) else attend
     return attention(cache, layer, scheme, query, scaling, dropout, softcap)
 

@@ -2,7 +2,7 @@
 
 import typer
 
-from adms.cli import bench, chat, evaluate, inspect, passkey, report, stream
+from adms.cli import bench, chat, evaluate, inspect, passkey, report, stream, train_gates
 
 app = typer.Typer(
     name="adms",
@@ -21,3 +21,4 @@ app.command("passkey")(passkey.main)
 app.command("inspect")(inspect.main)
 app.command("chat")(chat.chat)
 app.command("stream")(stream.stream)
+app.command("train-gates")(train_gates.main)

@@ -40,6 +40,7 @@ class LayerContext:
         rotate: brings states ``[B, heads, N, D]`` to positions ``[1 or B, N]``; None where they
             need none, or are not known.
         distance: positions between a token that enters the middle and the newest one.
+        gate: weights of a learned gate, for a compressor behind one (``adms.gates``); or None.
     """
 
     shape: TokenShape
@@ -49,11 +50,12 @@ class LayerContext:
     calibration: LayerCalibration | None = None
     rotate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     distance: int = 0
+    gate: torch.Tensor | None = None
 
     @property
     def is_layer_specific(self) -> bool:
         """Whether layers of equal shape may still differ in what a compressor may know."""
-        known = (self.value_metric, self.rotate, self.calibration)
+        known = (self.value_metric, self.rotate, self.calibration, self.gate)
         return any(part is not None for part in known)
 
 
@@ -121,6 +123,13 @@ class Coder(ABC):
 
         ``bytes`` is ``record_bytes``, ``coarse_bytes`` for cut records, ``fine_bytes`` for whole.
         """
+
+    def members(self, records: torch.Tensor) -> torch.Tensor | None:
+        """Which entry of its record each token is part of, ``[B, R, block_tokens]``.
+
+        None where that was not kept, or where every token is an entry of its own.
+        """
+        return None
 
     def tables(self, header: torch.Tensor, record_bytes: int) -> "CodeTables | None":
         """How kernels read records without ``decode``, or None where they cannot.

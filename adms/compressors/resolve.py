@@ -14,16 +14,10 @@ def resolve_compressor(config: ADMSConfig) -> Compressor | None:
 
     Raises:
         ADMSTypeError: an object without the contract, given or registered.
-        ADMSValueError: an unknown name, a parameter given that the compressor does not use, or
-            ``use_adaptive_budget``, for which landmarks would have to be kept per head.
+        ADMSValueError: an unknown name, or a parameter given that the compressor does not use.
     """
     chosen = config.compressor_type
     compressor = adapt(COMPRESSORS.get(chosen) if isinstance(chosen, str) else chosen)
-    if config.use_adaptive_budget and config.compressed_budget:
-        raise ADMSValueError(
-            "use_adaptive_budget=True shifts landmarks between heads, but landmarks are kept for "
-            "all heads of a layer together; leave use_adaptive_budget at False"
-        )
     unused = sorted((config.explicit & SPECIFIC) - compressor.parameters)
     if unused:
         users = [

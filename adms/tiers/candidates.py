@@ -2,7 +2,9 @@
 
 A layer alone finds a token that is new in the stream only half of the time; the mean over layers
 finds it nearly always, and what a model needs of a token it may need in any layer. So each layer
-scores what arrives, its scores are brought to its own scale, and their mean decides.
+scores what arrives, its scores are brought to its own scale, and their mean decides. A token alone
+is of little use without those around it that lead to it, so scores are averaged over neighbours
+(cf. the pooling of SnapKV, Li et al., 2024, arXiv 2404.14469).
 
 Shapes: ``B`` rows, ``N`` arriving tokens, ``L`` landmarks.
 """
@@ -15,6 +17,9 @@ import torch
 from adms.budget import select_landmarks
 from adms.config import ADMSConfig
 from adms.tiers.landmarks import Landmarks
+
+# Tokens over which a score is averaged.
+NEIGHBOURS = 5
 
 
 @dataclass
@@ -49,24 +54,54 @@ def settle(layers: Sequence[list[Candidates]], counts: list[int], config: ADMSCo
         first = group[0]
         device = first.scores.device
         scores = torch.stack([part.scores.to(device) for part in group]).mean(0)
+        scores = smoothed(scores, first.tokens >= 0)
         choices: dict[tuple[int, torch.device], tuple[torch.Tensor, Landmarks]] = {}
         for candidates, count in zip(group, counts, strict=True):
             key = (count, candidates.scores.device)
             if key not in choices:
                 choices[key] = _choose(candidates, scores.to(key[1]), count, config)
-            chosen, landmarks = choices[key]
-            records = candidates.records
-            if candidates.present is not None:
-                records = torch.cat([candidates.present.records, records], dim=1)
-            missing = count - records.shape[1]
-            if missing > 0:
-                records = torch.nn.functional.pad(records, (0, 0, 0, missing))
-            own = torch.arange(chosen.shape[0], device=chosen.device)[:, None]
-            candidates.present = Landmarks(records[own, chosen], landmarks.tokens, landmarks.scores)
+            candidates.present = _taken(candidates, *choices[key])
+
+
+def choose(
+    candidates: Candidates, count: int, config: ADMSConfig, limits: torch.Tensor
+) -> Landmarks:
+    """The landmarks of rows that decide by themselves, the foremost choice first.
+
+    Args:
+        candidates: what arrives, and what is there.
+        count: landmarks to give for each row.
+        config: how places are spread over the text.
+        limits: ``[B]`` how many of them a row has room for.
+    """
+    return _taken(candidates, *_choose(candidates, candidates.scores, count, config, limits))
+
+
+def _taken(candidates: Candidates, chosen: torch.Tensor, landmarks: Landmarks) -> Landmarks:
+    """Landmarks with the records of one layer, by the choice that was made for all."""
+    records = candidates.records
+    if candidates.present is not None:
+        records = torch.cat([candidates.present.records, records], dim=1)
+    missing = chosen.shape[1] - records.shape[1]
+    if missing > 0:
+        records = torch.nn.functional.pad(records, (0, 0, 0, missing))
+    own = torch.arange(chosen.shape[0], device=chosen.device)[:, None]
+    return Landmarks(records[own, chosen], landmarks.tokens, landmarks.scores)
+
+
+def smoothed(scores: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    """Means ``[B, N]`` over each token and its neighbours, as far as those are ``present``."""
+    kept = torch.stack([scores * present, present.to(scores.dtype)])
+    around = torch.nn.functional.avg_pool1d(kept, NEIGHBOURS, stride=1, padding=NEIGHBOURS // 2)
+    return around[0] / around[1].clamp(min=1 / (2 * NEIGHBOURS))
 
 
 def _choose(
-    candidates: Candidates, scores: torch.Tensor, count: int, config: ADMSConfig
+    candidates: Candidates,
+    scores: torch.Tensor,
+    count: int,
+    config: ADMSConfig,
+    limits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Landmarks]:
     """Which of the present and the arriving stay ``[B, L]``, and their tokens and scores."""
     tokens = candidates.tokens
@@ -83,6 +118,7 @@ def _choose(
         count,
         segments=config.coverage_segments,
         priority=config.coverage_priority,
+        limits=limits,
     )
     landmarks = Landmarks(
         records=candidates.records[:, :0],

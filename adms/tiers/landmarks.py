@@ -78,8 +78,8 @@ class LandmarkStore:
             SPREAD_BYTES + SCALE_BYTES + 2 * shape.num_heads * shape.key_dim * (1 + directions)
         )
         own_bytes = self.own.header_bytes if self.own is not None else 0
-        self.header_bytes = _aligned(self.reference_bytes + own_bytes)
-        self.slot_bytes = _aligned(self.record_bytes + TAIL_BYTES)
+        self.header_bytes = aligned(self.reference_bytes + own_bytes)
+        self.slot_bytes = aligned(self.record_bytes + TAIL_BYTES)
         self.nbytes = self.header_bytes + count * self.slot_bytes if count else 0
 
     @classmethod
@@ -157,7 +157,11 @@ class LandmarkStore:
 
     def read(self, data: torch.Tensor) -> Landmarks:
         """Landmarks from the bytes ``[B, nbytes]`` that hold them."""
-        slots = data[:, self.header_bytes : self.nbytes].unflatten(1, (self.count, self.slot_bytes))
+        return self.read_slots(data[:, self.header_bytes : self.nbytes])
+
+    def read_slots(self, data: torch.Tensor) -> Landmarks:
+        """Landmarks from the bytes ``[B, L * slot_bytes]`` after the header."""
+        slots = data.unflatten(1, (-1, self.slot_bytes))
         size = self.record_bytes
         tail = slots[..., size : size + TAIL_BYTES].contiguous()
         return Landmarks(
@@ -187,5 +191,6 @@ class LandmarkStore:
         return torch.nn.functional.pad(data, (0, self.slot_bytes - data.shape[2])).flatten(1)
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """The next size at which a wider type may start."""
     return -(-size // ALIGNMENT) * ALIGNMENT

@@ -21,7 +21,8 @@ from adms.entries import Entries, TokenShape
 from adms.importance import Evidence, Metric, needs_queries
 from adms.positions import MiddleGeometry
 from adms.tiers.candidates import Candidates
-from adms.tiers.landmarks import ALIGNMENT, LandmarkStore
+from adms.tiers.head_landmarks import Arriving, HeadLandmarkStore
+from adms.tiers.landmarks import LandmarkStore, aligned
 from adms.tiers.undo import Undo
 
 
@@ -45,7 +46,7 @@ class MiddlePlan:
     dtype: torch.dtype
     raw: RawCoder
     coder: Coder | None
-    store: LandmarkStore | None
+    store: LandmarkStore | HeadLandmarkStore | None
     geometry: MiddleGeometry
     arena_bytes: int
     metric: Metric
@@ -62,7 +63,7 @@ class MiddlePlan:
         """Where the landmarks start in a coded row's bytes."""
         if self.coder is None:
             return 0
-        return -(-self.coder.nbytes // ALIGNMENT) * ALIGNMENT
+        return aligned(self.coder.nbytes)
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,31 @@ class MiddleTier:
             raise RuntimeError("a middle without a coder was read as coded")
         return self.plan.coder
 
+    def members(self, totals: list[int]) -> torch.Tensor | None:
+        """Which entry of its record each token is part of: ``[B, R, block_tokens]``.
+
+        Args:
+            totals: tokens that have entered the middle, per row; rows not coded yet have none that
+                mean anything.
+
+        Returns:
+            Records in memory order; None where the coder does not know.
+        """
+        geometry, coder = self.plan.geometry, self._coder
+        most = max(
+            geometry.held(total) // coder.block_tokens if geometry.is_coded(total) else 0
+            for total in totals
+        )
+        found = coder.members(self._records(self.arena, min(most, coder.num_records), cut=False))
+        if found is None or most <= coder.num_records:
+            return found
+        cut = coder.members(self._records(self.arena, most - coder.num_records, cut=True))
+        return found if cut is None else torch.cat([found, cut], dim=1)
+
     def landmarks(self, totals: list[int]) -> tuple[Entries, torch.Tensor]:
         """Entries of the landmarks ``[B, K, L, ...]`` and their text positions ``[B, L]``.
+
+        Where heads choose their own, ``valid [B, K, L]`` says whose each is.
 
         Args:
             totals: tokens that have entered the middle, per row; rows not coded yet have none.
@@ -167,6 +191,9 @@ class MiddleTier:
             # masked entry is still multiplied by zero.
             held = torch.tensor(coded, device=data.device)[:, None]
             data, codes = data * held, codes * held
+        store = self.plan.store
+        if isinstance(store, HeadLandmarkStore):
+            return store.decode(data)
         return self._store.decode(data, codes)
 
     def landmark_bytes(self) -> torch.Tensor:
@@ -184,6 +211,8 @@ class MiddleTier:
     def tables(self) -> tuple[CodeTables | None, CodeTables | None]:
         """How kernels read ``records`` and ``landmark_records``; None where they cannot."""
         coder, store = self._coder, self.plan.store
+        if isinstance(store, HeadLandmarkStore):
+            return None, None
         header = self.arena[:, : coder.header_bytes]
         if store is None or store.own is not None:
             whole = None if coder.num_coarse else coder.tables(header, coder.record_bytes)
@@ -200,13 +229,15 @@ class MiddleTier:
 
     @property
     def _store(self) -> LandmarkStore:
-        if self.plan.store is None:
-            raise RuntimeError("a middle without landmarks was asked for them")
+        if not isinstance(self.plan.store, LandmarkStore):
+            raise RuntimeError("a middle without landmarks of all heads was asked for them")
         return self.plan.store
 
     def _landmark_bytes(self, rows: list[int] | slice) -> torch.Tensor:
+        if self.plan.store is None:
+            raise RuntimeError("a middle without landmarks was asked for their bytes")
         start = self.plan.landmark_offset
-        return self._bytes(rows, start, start + self._store.nbytes)
+        return self._bytes(rows, start, start + self.plan.store.nbytes)
 
     def _bytes(self, rows: list[int] | slice, start: int, stop: int) -> torch.Tensor:
         """Some bytes of some rows; a view where it can be one."""
@@ -306,7 +337,10 @@ class MiddleTier:
             count = torch.tensor([counts[row] for row in rows], device=self.arena.device)
             tokens = torch.where(span < count[:, None], first[:, None] + span, -1)
             present = self._landmark_bytes(rows)
-            landmark_header = present[:, : self._store.header_bytes]
+            landmark_header = present[:, : self.plan.store.header_bytes]
+            if isinstance(self.plan.store, HeadLandmarkStore):
+                arriving = self._arriving(header, records, entries, tokens, own_queries)
+                return [*writes, self._head_write(rows, landmark_header, present, arriving)]
             evidence = self._evidence(header, records, landmark_header, own_queries)
             arrived = self._candidates(rows, entries, records, tokens, landmark_header, evidence)
             arrived.present = self._store.read(present)
@@ -344,6 +378,12 @@ class MiddleTier:
         ]
         if self.plan.store is not None:
             tokens = sink + torch.arange(size, device=self.arena.device)[None]
+            if isinstance(self.plan.store, HeadLandmarkStore):
+                arrived = self._arriving(header, records, entries, tokens, own_queries)
+                landmark_header = self.plan.store.fit(arrived)
+                start = torch.full_like(index, self.plan.landmark_offset)
+                writes.append(Write(index, start, landmark_header))
+                return [*writes, self._head_write([row], landmark_header, None, arrived)]
             landmark_header = self._store.fit(entries)
             evidence = self._evidence(header, records, landmark_header, own_queries)
             landmark_header = self._store.with_scale(
@@ -384,6 +424,34 @@ class MiddleTier:
         store = self._store
         scores = store.scaled(header, self.plan.metric(entries, evidence).float())
         return Candidates(rows, store.encode(header, entries, records), tokens, scores, None)
+
+    def _arriving(
+        self,
+        header: torch.Tensor,
+        records: torch.Tensor,
+        entries: Entries,
+        tokens: torch.Tensor,
+        queries: torch.Tensor | None,
+    ) -> Arriving:
+        coder = self._coder
+        decoded = coder.decode(header, records[..., : coder.record_bytes])
+        return Arriving(entries, tokens, decoded, coder.block_tokens, queries)
+
+    def _head_write(
+        self,
+        rows: list[int],
+        header: torch.Tensor,
+        present: torch.Tensor | None,
+        arriving: Arriving,
+    ) -> Write:
+        """Landmarks that each head chooses by itself, as bytes to put in place."""
+        store = self.plan.store
+        if not isinstance(store, HeadLandmarkStore):
+            raise RuntimeError("landmarks of all heads are settled over the layers")
+        data = store.update(header, present, arriving, self.plan.metric, self.plan.config)
+        index = torch.tensor(rows, device=self.arena.device)
+        start = torch.full_like(index, self.plan.landmark_offset + store.header_bytes)
+        return Write(index, start, data)
 
     def landmark_writes(self, candidates: list[Candidates]) -> list[Write]:
         """Settled landmarks as bytes to put in place."""

@@ -20,6 +20,7 @@ from adms.attention.block_sparse import (
     create_adaptive_block_sparse,
     plot_patterns,
 )
+from adms.attention.block_sparse.replay import Replay
 from adms.errors import ADMSTypeError, ADMSValueError, CacheStateError
 
 MODES = {"soft": {"hard_sparsity": False}, "straight-through": {"hard_sparsity": True}}
@@ -211,6 +212,35 @@ def test_a_fixed_pattern_ignores_content() -> None:
         for factor in (1.0, -3.0)
     )
     assert torch.equal(first[0], second[0]) and first[0].any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("fields", [{}, {"share_across_heads": True}, {"coarse_factor": 2}])
+def test_recorded_selection_is_the_selection(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any mode, for lengths in turns, after weights have changed, and in a module of its own."""
+
+    def chosen(module: BlockSparseAdaptive, replayed: bool, *x: Tensor) -> tuple[Tensor, Tensor]:
+        with monkeypatch.context() as patch:
+            if not replayed:
+                patch.setattr(Replay, "applies", staticmethod(lambda like: False))
+            return module.block_weights(*x)
+
+    for _ in range(2):
+        module = make(**fields).cuda().eval()
+        kept = []
+        for step in range(6):
+            x = [part.transpose(1, 2).cuda() for part in inputs(64 - 24 * (step % 2), 64)[:2]]
+            with torch.inference_mode() if step % 3 else torch.no_grad():
+                (got, sparsity), (expected, other) = (chosen(module, r, *x) for r in (True, False))
+                kept.append((got, expected))
+                assert torch.equal(sparsity, other)
+                for parameter in module.parameters():
+                    parameter.mul_(1.1)
+        assert all(torch.equal(got, expected) for got, expected in kept)
+        assert len(module._replay._recordings) == 2
+        assert not copy.deepcopy(module)._replay._recordings
 
 
 def test_annealing_ends_where_asked() -> None:

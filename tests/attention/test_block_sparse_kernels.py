@@ -1,8 +1,13 @@
 """Tests of block-sparse kernels, selection and layout against dense float64 oracles."""
 
+import importlib.util
 import math
+import os
 import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +25,10 @@ from adms.attention.block_sparse import (
     soft_block_attention,
     summarize_blocks,
 )
-from adms.attention.block_sparse.kernels import flex_block_mask
+from adms.attention.block_sparse.flex import flex_block_mask
 from adms.errors import ADMSTypeError, ADMSValueError
+
+ROOT = Path(__file__).parents[2]
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -206,6 +213,80 @@ def test_compiled_flex_equals_gathered() -> None:
     torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)
 
 
+# Queries, keys, block size, query and KV heads, key and value size, causal, bias.
+TRITON_CASES = [
+    (40, 40, 16, 2, 2, 16, 16, True, False),
+    (19, 70, 16, 4, 2, 24, 20, True, True),
+    (130, 200, 64, 2, 1, 64, 32, False, True),
+    (150, 150, 128, 2, 2, 64, 64, True, False),
+]
+
+
+def check_triton(device: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Compares the kernel with its plain twin in float64, empty rows and strides included."""
+    from adms.attention.block_sparse.triton_kernel import attend_blocks
+
+    for queries, keys, size, heads, kv_heads, inner, outer, is_causal, biased in TRITON_CASES:
+        # As the module passes them: heads and tokens exchanged, so not contiguous.
+        q = draw(2, queries, heads, inner, dtype=dtype).transpose(1, 2)
+        k = draw(2, keys, kv_heads, inner, seed=1, dtype=dtype).transpose(1, 2)
+        v = draw(2, keys, kv_heads, outer, seed=2, dtype=dtype).transpose(1, 2)
+        bias = draw(2, kv_heads, keys, seed=3, dtype=dtype) if biased else None
+        if bias is not None:
+            bias[..., 5] = -math.inf
+        layout = BlockLayout(queries, keys, size, is_causal)
+        blocks = random_blocks(2, heads, layout, 0.4, keys)
+        expected = block_sparse_attention(
+            *(x.double() for x in (q, k, v)),
+            blocks,
+            size,
+            is_causal=is_causal,
+            key_bias=None if bias is None else bias.double(),
+            kernel="gathered",
+        )
+        blocks[0, 0, 0] = False
+        expected[0, 0, :size] = 0.0
+        inputs = [None if x is None else x.to(device) for x in (q, k, v, blocks, bias)]
+        got = attend_blocks(*inputs[:4], size, is_causal, inner**-0.5, inputs[4])
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.cpu().double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")
+def test_triton_kernel_interpreted_equals_gathered() -> None:
+    """The kernel's own code, run by Triton's interpreter, which an environment variable selects."""
+    code = (
+        "import conftest, torch\n"
+        "from tests.attention.test_block_sparse_kernels import check_triton\n"
+        "check_triton('cpu', torch.float32, 1e-5)\n"
+        "check_triton('cpu', torch.float16, 4e-3)\n"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-4), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)],
+)
+def test_triton_kernel_on_cuda_equals_gathered(dtype: torch.dtype, tolerance: float) -> None:
+    check_triton("cuda", dtype, tolerance)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_gradients_on_cuda_choose_a_kernel_that_has_them() -> None:
+    q, k, v = (draw(1, 2, 64, 16, seed=n, dtype=torch.float32).cuda() for n in range(3))
+    every = torch.ones(1, 1, 4, 4, dtype=torch.bool, device="cuda")
+    with pytest.raises(ADMSValueError, match="inputs without gradients"):
+        block_sparse_attention(q.requires_grad_(), k, v, every, 16, kernel="triton")
+    block_sparse_attention(q, k, v, every, 16).sum().backward()
+    assert q.grad is not None and q.grad.abs().max() > 0
+
+
 @pytest.mark.measured
 @pytest.mark.slow
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -343,10 +424,14 @@ def test_bad_arguments_say_what_was_expected() -> None:
         block_sparse_attention(q, k, v, every[..., :1], 4)
     with pytest.raises(ADMSValueError, match=r"k must be \[2, K dividing 4, N >= 8, 4\]"):
         block_sparse_attention(q, k[:, :3], v[:, :3], every, 4)
-    with pytest.raises(ADMSValueError, match="kernel must be 'auto', 'gathered' or 'flex'"):
+    with pytest.raises(
+        ADMSValueError, match="kernel must be 'auto', 'gathered', 'flex' or 'triton'"
+    ):
         block_sparse_attention(q, k, v, every, 4, kernel="fast")  # type: ignore[arg-type]
     with pytest.raises(ADMSValueError, match="power of two from 16 on, got 4"):
         block_sparse_attention(q, k, v, every, 4, kernel="flex")
+    with pytest.raises(ADMSValueError, match="'triton' needs CUDA tensors, got q on cpu"):
+        block_sparse_attention(q, k, v, every, 4, kernel="triton")
     with pytest.raises(ADMSValueError, match=r"key_bias must be \[2, 4, 8\], got \[2, 8\]"):
         block_sparse_attention(q, k, v, every, 4, key_bias=k[:, 0, :, 0])
     with pytest.raises(ADMSValueError, match="expected 1 to 4 .* got 8"):

@@ -215,8 +215,6 @@ def test_resolving_names_and_objects() -> None:
     inner = EverySecond()
     wrapped = resolve_compressor(ADMSConfig(compressor_type=inner))
     assert isinstance(wrapped, SimpleObject) and wrapped.inner is inner
-    with pytest.raises(ADMSValueError, match="use_adaptive_budget=True shifts landmarks between"):
-        resolve_compressor(ADMSConfig(use_adaptive_budget=True))
     with pytest.raises(ADMSValueError, match="did you mean 'summary'"):
         resolve_compressor(ADMSConfig(compressor_type="sumary"))
     with pytest.raises(ADMSValueError, match="rank was given, but compressor 'vq' does not use it"):

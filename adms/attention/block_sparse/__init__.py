@@ -3,9 +3,9 @@
 from adms.attention.block_sparse.config import AdaptiveConfig, get_adaptive_sparsity
 from adms.attention.block_sparse.kernels import block_sparse_attention, soft_block_attention
 from adms.attention.block_sparse.layout import BlockLayout
-from adms.attention.block_sparse.module import (
+from adms.attention.block_sparse.module import BlockSparseAdaptive
+from adms.attention.block_sparse.multihead import (
     AdaptiveBlockSparseAttention,
-    BlockSparseAdaptive,
     create_adaptive_block_sparse,
 )
 from adms.attention.block_sparse.scorer import (

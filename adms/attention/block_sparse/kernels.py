@@ -6,17 +6,18 @@ queries are the last `Q` of the `N` positions.
 """
 
 import functools
+import importlib.util
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from adms.attention.block_sparse.flex import attend_flex, flex_takes, ordered_blocks
 from adms.errors import ADMSTypeError, ADMSValueError
 
-Kernel = Literal["auto", "gathered", "flex"]
+Kernel = Literal["auto", "gathered", "flex", "triton"]
 
 # Bytes of keys and values gathered at a time: around a core's cache, and bounded for any length.
 _GATHER_BYTES = 2**22
@@ -51,28 +52,38 @@ def block_sparse_attention(
             the last Q positions.
         scale: Factor on scores; None means 1/sqrt(D).
         key_bias: Added to the scores of each key, [B, K, N]: a log-weight, or -inf to hide it.
-        kernel: "flex" (flex_attention with a BlockMask, compiled; block sizes that are powers of
-            two from 16 on), "gathered" (blocks copied together for dense attention), or "auto":
-            flex on CUDA, gathered elsewhere.
+        kernel: "gathered" (blocks copied together for dense attention), "triton" (flash attention
+            over lists of blocks; CUDA, without gradients, float32 or half precision, heads of up
+            to 256, block sizes that are powers of two from 16 on), "flex" (compiled
+            flex_attention with a BlockMask; such block sizes), or "auto": on CUDA the first of
+            triton, flex and gathered that can compute this, gathered elsewhere.
 
     Raises:
         ADMSTypeError: `block_mask` is not bool.
-        ADMSValueError: A shape or the block size does not fit, or the kernel is unknown.
-
-    Source: Dong et al. (2024), Flex Attention, arXiv:2412.05496, for the CUDA kernel.
+        ADMSValueError: A shape or the block size does not fit, the kernel is unknown, or cannot
+            compute this.
     """
     _check(q, k, v, block_mask, block_size, key_bias)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    block_mask = block_mask.expand(q.shape[0], q.shape[1], -1, -1)
+    if kernel == "auto":
+        kernel = _fastest(q, k, v, block_size, key_bias)
     match kernel:
-        case "auto":
-            attend = _flex if q.is_cuda else _gathered
+        case "triton":
+            why = _triton_misfit(q, k, v, block_size, key_bias)
+            if why is not None:
+                raise ADMSValueError(
+                    f"kernel 'triton' needs {why}; use kernel='auto' to have one chosen"
+                )
+            from adms.attention.block_sparse.triton_kernel import attend_blocks as attend
         case "flex":
-            attend = _flex
+            attend = attend_flex
         case "gathered":
             attend = _gathered
         case _:
-            raise ADMSValueError(f"kernel must be 'auto', 'gathered' or 'flex', got {kernel!r}")
-    block_mask = block_mask.expand(q.shape[0], q.shape[1], -1, -1)
+            raise ADMSValueError(
+                f"kernel must be 'auto', 'gathered', 'flex' or 'triton', got {kernel!r}"
+            )
     return attend(q, k, v, block_mask, block_size, is_causal, scale, key_bias)
 
 
@@ -110,26 +121,35 @@ def soft_block_attention(
     return (terms / terms.sum(-1, keepdim=True)).to(v.dtype) @ v
 
 
-def flex_block_mask(
-    block_mask: Tensor, block_size: int, queries: int, keys: int, is_causal: bool
-) -> Any:
-    """A flex_attention BlockMask of bool [B, H, I, J], for inputs padded to whole blocks."""
-    from torch.nn.attention.flex_attention import BlockMask
+def _fastest(q: Tensor, k: Tensor, v: Tensor, block_size: int, key_bias: Tensor | None) -> Kernel:
+    """The kernel that "auto" stands for."""
+    if not q.is_cuda:
+        return "gathered"
+    if not _triton_misfit(q, k, v, block_size, key_bias):
+        return "triton"
+    biased = key_bias is not None and key_bias.requires_grad and torch.is_grad_enabled()
+    return "flex" if flex_takes(block_size) and not biased else "gathered"
 
-    device = block_mask.device
-    offset = keys - queries
-    first_query = offset + block_size * torch.arange(block_mask.shape[-2], device=device)
-    last_key = block_size * (1 + torch.arange(block_mask.shape[-1], device=device)) - 1
-    cut = (last_key >= keys).expand(block_mask.shape[-2:])
-    if is_causal:
-        cut = cut | (last_key > first_query.unsqueeze(-1))
 
-    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        inside = key < keys
-        return inside & (key <= query + offset) if is_causal else inside
+def _triton_misfit(
+    q: Tensor, k: Tensor, v: Tensor, block_size: int, key_bias: Tensor | None
+) -> str | None:
+    """Why the Triton kernel cannot compute this, or None."""
+    inputs = [q, k, v] + ([] if key_bias is None else [key_bias])
+    if not q.is_cuda:
+        return f"CUDA tensors, got q on {q.device}"
+    if not _has_triton():
+        return "the package triton, which is not installed"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        return "inputs without gradients; call it under torch.no_grad()"
+    from adms.attention.block_sparse.triton_kernel import misfit
 
-    partial, full = _ordered(block_mask & cut), _ordered(block_mask & ~cut)
-    return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=block_size, mask_mod=visible)
+    return misfit(q, k, v, block_size)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _gathered(
@@ -148,7 +168,7 @@ def _gathered(
     rows_q = _blocks(q, block_size).flatten(0, 2)
     blocks_k, blocks_v = (_blocks(x, block_size).flatten(0, 2) for x in (k, v))
     query_blocks, key_blocks = block_mask.shape[-2:]
-    counts, order = _ordered(block_mask)
+    counts, order = ordered_blocks(block_mask)
     most = int(counts.max())
     order = order[..., :most].long()
     first = torch.arange(batch * kv_heads, device=q.device) * key_blocks
@@ -190,76 +210,6 @@ def _gathered(
         )
     output = torch.cat(outputs).view(batch, heads, query_blocks * block_size, v.shape[-1])
     return output[:, :, :queries]
-
-
-def _flex(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_mask: Tensor,
-    block_size: int,
-    is_causal: bool,
-    scale: float,
-    key_bias: Tensor | None,
-) -> Tensor:
-    """Runs compiled flex_attention."""
-    if block_size < 16 or block_size & (block_size - 1):
-        raise ADMSValueError(
-            f"kernel 'flex' needs a block_size that is a power of two from 16 on, got "
-            f"{block_size}; use kernel='gathered' for others"
-        )
-    queries, keys = q.shape[2], k.shape[2]
-    mask = flex_block_mask(block_mask, block_size, queries, keys, is_causal)
-    q = pad(q, (0, 0, 0, -queries % block_size))
-    k, v = (pad(x, (0, 0, 0, -keys % block_size)) for x in (k, v))
-    score_mod = None
-    if key_bias is not None:
-        bias = pad(key_bias.detach(), (0, -keys % block_size))
-        group = q.shape[1] // k.shape[1]
-
-        def score_mod(
-            score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor
-        ) -> Tensor:
-            return score + bias[batch, head // group, key]
-
-    options = None
-    if q.is_cuda and block_size < 128:
-        # The kernel's tiles, 128 wide by default, must divide the blocks.
-        names = (
-            "BLOCK_M",
-            "BLOCK_N",
-            "bwd_BLOCK_M1",
-            "bwd_BLOCK_N1",
-            "bwd_BLOCK_M2",
-            "bwd_BLOCK_N2",
-        )
-        options = dict.fromkeys(names, block_size)
-    output: Tensor = _compiled_flex()(
-        q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
-        score_mod=score_mod,
-        block_mask=mask,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-        kernel_options=options,
-    )
-    return output[:, :, :queries]
-
-
-@functools.cache
-def _compiled_flex() -> Callable[..., Any]:
-    """flex_attention is sparse only when compiled; compiling on import would slow everyone."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    compiled: Callable[..., Any] = torch.compile(flex_attention)
-    return compiled
-
-
-def _ordered(block_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts int32 [B, H, I] and, first in each row, the selected blocks int32 [B, H, I, J]."""
-    order = block_mask.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    return block_mask.sum(-1).int(), order.int().contiguous()
 
 
 def _blocks(x: Tensor, block_size: int) -> Tensor:

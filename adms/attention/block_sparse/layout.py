@@ -8,6 +8,7 @@ are the last `Q` of the `N` positions.
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -179,3 +180,18 @@ def block_budget(
         fine_candidates.to(device),
         density,
     )
+
+
+def check_levels(segments: Sequence[int], rates: Sequence[int], block_size: int) -> None:
+    """Raises ADMSValueError unless segments and rates describe levels of a local pattern."""
+    if len(segments) != len(rates) or not segments:
+        raise ADMSValueError(
+            f"segment_lengths and dilation_rates must have as many entries, at least one, got "
+            f"{list(segments)} and {list(rates)}"
+        )
+    if any(length < 1 or length % block_size for length in segments):
+        raise ADMSValueError(
+            f"segment_lengths must be multiples of block_size {block_size}, got {list(segments)}"
+        )
+    if any(rate < 1 for rate in rates):
+        raise ADMSValueError(f"dilation_rates must be at least 1, got {list(rates)}")

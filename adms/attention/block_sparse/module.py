@@ -4,6 +4,7 @@ Shapes: `B` batch, `N` keys, `Q` queries (the last `Q` of the `N` positions), `H
 size, `I` query blocks, `J` key blocks, `P` patterns (`H`, or 1 if shared across heads).
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,10 +18,12 @@ from adms.attention.block_sparse.kernels import (
     block_sparse_attention,
     soft_block_attention,
 )
-from adms.attention.block_sparse.layout import BlockLayout, Budget, block_budget
+from adms.attention.block_sparse.layout import BlockLayout, Budget, block_budget, check_levels
+from adms.attention.block_sparse.replay import Replay
 from adms.attention.block_sparse.scorer import (
     BudgetPredictor,
     ImportanceScorer,
+    block_mean_squares,
     first_of_blocks,
     summarize_blocks,
 )
@@ -71,7 +74,7 @@ class BlockSparseAdaptive(nn.Module):
             raise ADMSTypeError(
                 f"adaptive_config must be an AdaptiveConfig, got {type(config).__name__}"
             )
-        _check_levels(segment_lengths, dilation_rates, config.block_size)
+        check_levels(segment_lengths, dilation_rates, config.block_size)
         if num_heads < 1 or head_dim < 1:
             raise ADMSValueError(
                 f"num_heads and head_dim must be at least 1, got {num_heads} and {head_dim}"
@@ -93,6 +96,7 @@ class BlockSparseAdaptive(nn.Module):
         else:
             self.register_buffer("log_temperature", log_temperature)
         self._density: Tensor | None = None
+        self._replay = Replay()
         self._target_density = 0.0
         # A trainer sets a list to gather (pattern [B, H, I, J], sparsity [B, H]) of each call.
         self.recorded: list[tuple[Tensor, Tensor]] | None = None
@@ -170,17 +174,24 @@ class BlockSparseAdaptive(nn.Module):
         layout = BlockLayout(q.shape[2], k.shape[2], config.block_size, is_causal)
         budget = block_budget(layout, config, self.segment_lengths, self.dilation_rates, q.device)
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            weights = self._choose(
-                q, k, budget, is_causal, hard=not trained or config.hard_sparsity
+            summaries = self._summarize(q, k, is_causal and config.strict_causal)
+            choose = functools.partial(
+                self._choose, budget, trained, not trained or config.hard_sparsity
             )
+            if trained or self.training or not Replay.applies(q):
+                weights, density = choose(*summaries)
+            else:
+                # A recording reads parameters where they were.
+                places = tuple(parameter.data_ptr() for parameter in self.parameters())
+                weights, density = self._replay(choose, summaries, (id(budget), places), budget)
         weights = weights.expand(-1, self.num_heads, -1, -1)
-        density = weights.sum((-1, -2)) / budget.allowed.sum()
+        density = density.expand(-1, self.num_heads)
         self._density = density.mean()
         self._target_density = budget.target_density
         sparsity = 1.0 - density.detach()
         if self.recorded is not None:
             self.recorded.append((weights.detach() > 0.5, sparsity))
-        return (weights if trained else weights > 0.5), sparsity
+        return weights, sparsity
 
     def get_sparsity_loss(self) -> Tensor:
         """Squared distance of the last pattern's mean density from the one asked for, a scalar.
@@ -198,17 +209,39 @@ class BlockSparseAdaptive(nn.Module):
             )
         return (self._density / self._target_density - 1.0).square()
 
-    def _choose(self, q: Tensor, k: Tensor, budget: Budget, is_causal: bool, hard: bool) -> Tensor:
-        """Weights [B, P, I, J] of the local and adaptive pattern together."""
+    def _summarize(self, q: Tensor, k: Tensor, strict: bool) -> list[Tensor]:
+        """What is known of queries and keys: of query blocks, key blocks, their squares, and of
+        coarse key blocks (empty where there are none)."""
         config, size = self.config, self.config.block_size
         if config.share_across_heads:
             q, k = q.mean(1, keepdim=True), k.mean(1, keepdim=True)
-        strict = is_causal and config.strict_causal
-        of_queries = first_of_blocks(q, size) if strict else summarize_blocks(q, size)
         of_keys = summarize_blocks(k, size)
+        return [
+            first_of_blocks(q, size) if strict else summarize_blocks(q, size),
+            of_keys,
+            block_mean_squares(k, size) if self.budget is not None else of_keys[..., :0],
+            summarize_blocks(k, size * config.coarse_factor)
+            if config.coarse_factor is not None
+            else of_keys[:, :, :0],
+        ]
+
+    def _choose(
+        self,
+        budget: Budget,
+        trained: bool,
+        hard: bool,
+        of_queries: Tensor,
+        of_keys: Tensor,
+        squares: Tensor,
+        of_coarse: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The local and adaptive pattern together, [B, P, I, J], and its density [B, P].
+
+        The pattern is bool unless it is `trained`.
+        """
+        config = self.config
         factor = 1.0 + torch.zeros_like(of_queries[..., 0])
         if self.budget is not None:
-            squares = summarize_blocks(k.square().mean(-1, keepdim=True), size)
             needed = self.budget(of_queries, of_keys, squares, budget.candidates)
             factor = 1.0 + config.budget_range * needed
         scores = self.scorer(of_queries, of_keys, budget.candidates)
@@ -216,20 +249,21 @@ class BlockSparseAdaptive(nn.Module):
         fine = budget.adaptive
         allowed = budget.fine_candidates
         if config.coarse_factor is not None:
-            coarse = self._choose_coarse(of_queries, k, budget, factor, hard)
+            coarse = self._choose_coarse(of_queries, of_coarse, budget, factor, hard)
             fine = fine - budget.coarse * config.coarse_factor
             weights = 1.0 - (1.0 - weights) * (1.0 - coarse)
         # A row must attend to something, also where the budget rounds to nothing.
         least = (~budget.local.any(-1) & (budget.coarse == 0)).to(scores.dtype)
         chosen = self._select(scores, torch.maximum(fine * factor, least), allowed, hard)
-        return 1.0 - (1.0 - weights) * (1.0 - chosen)
+        weights = 1.0 - (1.0 - weights) * (1.0 - chosen)
+        density = weights.sum((-1, -2)) / budget.allowed.sum()
+        return (weights if trained else weights > 0.5), density
 
     def _choose_coarse(
-        self, of_queries: Tensor, k: Tensor, budget: Budget, factor: Tensor, hard: bool
+        self, of_queries: Tensor, of_keys: Tensor, budget: Budget, factor: Tensor, hard: bool
     ) -> Tensor:
         """Weights [B, P, I, J] of the blocks chosen as members of coarse blocks."""
         merged = self.config.coarse_factor or 1
-        of_keys = summarize_blocks(k, self.config.block_size * merged)
         scores = self.scorer(of_queries, of_keys, budget.coarse_candidates)
         chosen = self._select(scores, budget.coarse * factor, budget.coarse_candidates, hard)
         return chosen.repeat_interleave(merged, -1)[..., : budget.allowed.shape[-1]]
@@ -257,107 +291,5 @@ class BlockSparseAdaptive(nn.Module):
             raise ADMSValueError(f"v must have the shape of k {list(k.shape)}, got {list(v.shape)}")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves out the last density, whose graph can be neither copied nor pickled."""
-        return {**self.__dict__, "_density": None}
-
-
-class AdaptiveBlockSparseAttention(nn.Module):
-    """Multi-head attention on [B, N, embed_dim] around `BlockSparseAdaptive`."""
-
-    def __init__(self, embed_dim: int, core: BlockSparseAdaptive, bias: bool = True) -> None:
-        """Makes the four projections around `core`, whose heads must make up `embed_dim`."""
-        super().__init__()
-        if core.num_heads * core.head_dim != embed_dim:
-            raise ADMSValueError(
-                f"embed_dim must be num_heads * head_dim = {core.num_heads} * {core.head_dim}, "
-                f"got {embed_dim}"
-            )
-        self.embed_dim = embed_dim
-        self.core = core
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            nn.Linear(embed_dim, embed_dim, bias=bias) for _ in range(4)
-        )
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        is_causal: bool = False,
-        return_pattern: bool = False,
-    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
-        """Attends from query [B, Q, embed_dim] to key and value [B, N, embed_dim].
-
-        `key` None means `query`, `value` None means `key`. With `return_pattern` also what
-        `BlockSparseAdaptive.forward` says of the pattern.
-
-        Raises:
-            ADMSValueError: A shape does not fit.
-        """
-        key = query if key is None else key
-        value = key if value is None else value
-        for name, x in (("query", query), ("key", key), ("value", value)):
-            if x.dim() != 3 or x.shape[-1] != self.embed_dim:
-                raise ADMSValueError(
-                    f"{name} must be [batch, tokens, {self.embed_dim}], got {list(x.shape)}"
-                )
-        heads = (-1, self.core.head_dim)
-        q = self.q_proj(query).unflatten(-1, heads)
-        k = self.k_proj(key).unflatten(-1, heads)
-        v = self.v_proj(value).unflatten(-1, heads)
-        attended, info = self.core.attend(q, k, v, is_causal)
-        output: Tensor = self.out_proj(attended.flatten(2))
-        return (output, info) if return_pattern else output
-
-    def get_sparsity_loss(self) -> Tensor:
-        """As `BlockSparseAdaptive.get_sparsity_loss`."""
-        return self.core.get_sparsity_loss()
-
-
-def create_adaptive_block_sparse(
-    embed_dim: int,
-    num_heads: int,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    adaptive_config: AdaptiveConfig | None = None,
-    *,
-    bias: bool = True,
-    kernel: Kernel = "auto",
-    **parameters: Any,
-) -> AdaptiveBlockSparseAttention:
-    """An adaptive block-sparse attention module on [B, N, embed_dim].
-
-    `parameters` are fields of `AdaptiveConfig`, instead of `adaptive_config`.
-
-    Raises:
-        ADMSTypeError: A parameter has a type that cannot work.
-        ADMSValueError: A value does not fit, or both ways to configure were used.
-    """
-    if num_heads < 1 or embed_dim % num_heads:
-        raise ADMSValueError(
-            f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}"
-        )
-    if adaptive_config is not None and parameters:
-        raise ADMSValueError(
-            f"adaptive_config and its fields exclude each other, got both (fields "
-            f"{sorted(parameters)}); use dataclasses.replace(adaptive_config, ...)"
-        )
-    config = AdaptiveConfig.from_dict(parameters) if parameters else adaptive_config
-    core = BlockSparseAdaptive(
-        segment_lengths, dilation_rates, num_heads, embed_dim // num_heads, config, kernel=kernel
-    )
-    return AdaptiveBlockSparseAttention(embed_dim, core, bias)
-
-
-def _check_levels(segments: Sequence[int], rates: Sequence[int], block_size: int) -> None:
-    if len(segments) != len(rates) or not segments:
-        raise ADMSValueError(
-            f"segment_lengths and dilation_rates must have as many entries, at least one, got "
-            f"{list(segments)} and {list(rates)}"
-        )
-    if any(length < 1 or length % block_size for length in segments):
-        raise ADMSValueError(
-            f"segment_lengths must be multiples of block_size {block_size}, got {list(segments)}"
-        )
-    if any(rate < 1 for rate in rates):
-        raise ADMSValueError(f"dilation_rates must be at least 1, got {list(rates)}")
+        """Leaves out what can be neither copied nor pickled: graphs of either kind."""
+        return {**self.__dict__, "_density": None, "_replay": Replay()}

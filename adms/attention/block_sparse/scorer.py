@@ -21,18 +21,18 @@ def summarize_blocks(x: Tensor, block_size: int) -> Tensor:
 
     A partial last block is the mean of the tokens it has. float64 stays float64.
     """
-    x = x if x.dtype == torch.float64 else x.float()
-    tokens = x.shape[-2]
-    padded = pad(x, (0, 0, 0, -tokens % block_size))
-    sums = padded.unflatten(-2, (-1, block_size)).sum(-2)
-    starts = block_size * torch.arange(sums.shape[-2], device=x.device)
-    return sums / (tokens - starts).clamp(max=block_size).unsqueeze(-1)
+    return _cut(x, block_size).sum(-2, dtype=_wide(x)) / _block_lengths(x, block_size)
+
+
+def block_mean_squares(x: Tensor, block_size: int) -> Tensor:
+    """Mean square [B, H, J, 1] of the elements of each block of x [B, H, N, D], in float32."""
+    norms = torch.linalg.vector_norm(_cut(x, block_size), dim=(-1, -2), dtype=_wide(x))
+    return norms.square().unsqueeze(-1) / (_block_lengths(x, block_size) * x.shape[-1])
 
 
 def first_of_blocks(x: Tensor, block_size: int) -> Tensor:
     """First token [B, H, I, D] of each block of x [B, H, Q, D], in float32 (or float64)."""
-    x = x[..., ::block_size, :]
-    return x if x.dtype == torch.float64 else x.float()
+    return x[..., ::block_size, :].to(_wide(x))
 
 
 def block_mean_scores(q_summary: Tensor, k_summary: Tensor) -> Tensor:
@@ -53,6 +53,25 @@ def block_mean_scores(q_summary: Tensor, k_summary: Tensor) -> Tensor:
     grouped = q_summary.unflatten(1, (kv_heads, heads // kv_heads))
     scores = grouped @ k_summary.unsqueeze(2).transpose(-1, -2)
     return scores.flatten(1, 2) / math.sqrt(q_summary.shape[-1])
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _cut(x: Tensor, block_size: int) -> Tensor:
+    """[B, H, N, D] as [B, H, J, block_size, D], padded with zeros only where it must be."""
+    missing = -x.shape[-2] % block_size
+    return (pad(x, (0, 0, 0, missing)) if missing else x).unflatten(-2, (-1, block_size))
+
+
+def _block_lengths(x: Tensor, block_size: int) -> Tensor | int:
+    """Tokens in each block: [J, 1], or one number where all are whole."""
+    tokens = x.shape[-2]
+    if tokens % block_size == 0:
+        return block_size
+    starts = torch.arange(0, tokens, block_size, device=x.device)
+    return (tokens - starts).clamp(max=block_size).unsqueeze(-1)
 
 
 class HeadwiseLinear(nn.Module):

@@ -71,10 +71,12 @@ def gumbel_softmax_topk(
     if noise:
         uniform = torch.empty_like(logits).exponential_(generator=generator)
         logits = logits - uniform.clamp(min=torch.finfo(logits.dtype).tiny).log()
-    soft = _soft_topk(logits, k, temperature, allowed)
     if not hard:
-        return soft
-    chosen = hard_topk(logits, k.detach().round().long(), allowed).to(soft.dtype)
+        return _soft_topk(logits, k, temperature, allowed)
+    chosen = hard_topk(logits, k.detach().round().long(), allowed).to(logits.dtype)
+    if not torch.is_grad_enabled():
+        return chosen
+    soft = _soft_topk(logits, k, temperature, allowed)
     # Not chosen + (soft - soft): that is chosen exactly, also where soft is not finite.
     return chosen + (soft - soft.detach())
 

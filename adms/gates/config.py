@@ -1,0 +1,137 @@
+"""``AdaptiveUpdateConfig``: which tokens get an entry of their own in the middle."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from adms.errors import ADMSTypeError, ADMSValueError
+from adms.gates.learned import UpdateGates
+
+POLICIES = ("similarity", "learned")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveUpdateConfig:
+    """A gate before the middle: of each block of tokens, some keep an entry of their own.
+
+    The others are folded into the most similar one of these, which from then on is their mean and
+    weighs as many tokens. Every layer decides on its own; how many tokens are admitted is fixed, so
+    that memory stays bounded and no layer waits for the device.
+
+    Attributes:
+        policy: "similarity" folds the tokens that are most alike; "learned" weighs them by what
+            gates trained with ``adms train-gates`` make of them.
+        admission: share of the tokens that keep an entry of their own, 0.5 to 1; 1 admits all and
+            changes nothing. With "learned", the gates' own, and left out.
+        block_tokens: tokens that are decided on together (more where the compressor has blocks of
+            its own); they wait for each other, and what waits is charged to ``compressed_budget``.
+            With "learned", the gates' own, and left out.
+        gates: with "learned", ``UpdateGates`` or the file that they were saved in. Gates that were
+            never trained admit all tokens.
+
+    Raises:
+        ADMSTypeError: a field has a type that cannot work.
+        ADMSValueError: a field is out of range, or does not belong to the policy.
+    """
+
+    policy: str = "similarity"
+    admission: float | None = None
+    block_tokens: int | None = None
+    gates: Any = None
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ADMSValueError(
+                f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}"
+            )
+        if self.policy == "learned":
+            self._check_learned()
+            return
+        if self.gates is not None:
+            raise ADMSValueError('gates belong to policy="learned"; choose it or leave them out')
+        object.__setattr__(
+            self, "admission", check_admission(0.6 if self.admission is None else self.admission)
+        )
+        object.__setattr__(
+            self,
+            "block_tokens",
+            check_block(16 if self.block_tokens is None else self.block_tokens),
+        )
+
+    def _check_learned(self) -> None:
+        for name in ("admission", "block_tokens"):
+            if getattr(self, name) is not None:
+                raise ADMSValueError(
+                    f'{name} is what the gates were trained for; leave it out with policy="learned"'
+                )
+        gates = self.gates
+        if gates is None:
+            raise ADMSValueError(
+                'policy="learned" needs gates: a file from "adms train-gates", or UpdateGates'
+            )
+        if not isinstance(gates, UpdateGates):
+            gates = UpdateGates.load(gates)
+        object.__setattr__(self, "gates", gates)
+        object.__setattr__(self, "admission", check_admission(gates.admission))
+        object.__setattr__(self, "block_tokens", check_block(gates.block_tokens))
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether every token is admitted."""
+        return self.admission == 1.0
+
+    def block_sizes(self, inner_block: int) -> tuple[int, int]:
+        """Tokens of a block, and those admitted, for a compressor with blocks of its own.
+
+        Args:
+            inner_block: tokens that the compressor codes together; 1 for most.
+        """
+        if self.admission is None or self.block_tokens is None:
+            raise RuntimeError("a configuration without its numbers")
+        # A hair more, so that 0.6 of 10 is 6 whatever the rounding.
+        admitted = max(1, math.floor(self.block_tokens * self.admission + 1e-9))
+        if admitted % inner_block == 0:
+            return self.block_tokens, admitted
+        admitted = math.ceil(admitted / inner_block) * inner_block
+        return math.ceil(admitted / self.admission - 1e-9), admitted
+
+    def to_dict(self) -> dict[str, Any]:
+        """The policy and its numbers; gates are a model's, and not among them."""
+        names = ("policy",) if self.policy == "learned" else ("policy", "admission", "block_tokens")
+        return {name: getattr(self, name) for name in names}
+
+    def describe(self) -> str:
+        """What codes depend on, in a few words."""
+        which = "" if self.gates is None else f" {self.gates.digest()}"
+        return f"{self.policy} gates{which} ({self.admission:g} of {self.block_tokens})"
+
+
+def check_admission(value: Any) -> float:
+    """``value`` as a share of tokens.
+
+    Raises:
+        ADMSTypeError: it is no number.
+        ADMSValueError: it is out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ADMSTypeError(f"admission must be a number, got {value!r}")
+    if not 0.5 <= value <= 1.0:
+        raise ADMSValueError(
+            f"admission must lie in 0.5..1, got {value}; a folded token needs an admitted one that "
+            "is like it, so at least half are admitted"
+        )
+    return float(value)
+
+
+def check_block(value: Any) -> int:
+    """``value`` as the size of a block.
+
+    Raises:
+        ADMSTypeError: it is no integer.
+        ADMSValueError: it is out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ADMSTypeError(f"block_tokens must be an integer, got {value!r}")
+    if not 2 <= value <= 128:
+        raise ADMSValueError(f"block_tokens must lie in 2..128, got {value}; 16 is usual")
+    return value

@@ -1,0 +1,165 @@
+"""``UpdateGates``: what training learned of which tokens must not be folded.
+
+A gate is one linear map per layer from a token's keys and values, all heads together, to the
+logarithm of its importance; ``fold`` weighs the cost of folding by it. The maps are a model's
+constants: a few hundred numbers a layer, in a safetensors file with a description of the model.
+
+Shapes: ``L`` layers, ``K`` KV heads, ``D``/``E`` head sizes of keys/values, ``F = K * (D + E)``.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from adms.errors import ADMSTypeError, ADMSValueError
+
+_FORMAT = "adms-update-gates-1"
+
+
+def log_importance(weight: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """How much each token counts, as a logarithm: ``[B, ...]`` without the heads and their size.
+
+    Args:
+        weight: ``[F]``.
+        keys: ``[B, K, ..., D]`` before positions.
+        values: ``[B, K, ..., E]``.
+
+    Raises:
+        ADMSValueError: the gate was made for other heads.
+    """
+
+    def scaled(states: torch.Tensor) -> torch.Tensor:
+        flat = states.movedim(1, -2).flatten(-2).float()
+        return flat * flat.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
+
+    features = torch.cat([scaled(keys), scaled(values)], dim=-1)
+    if features.shape[-1] != weight.shape[0]:
+        raise ADMSValueError(
+            f"the gate is made for {weight.shape[0]} numbers a token, this layer has "
+            f"{features.shape[-1]}; gates do not work under tensor parallelism"
+        )
+    return features @ weight
+
+
+@dataclass(frozen=True, eq=False)
+class UpdateGates:
+    """Trained gates of one model, one a layer.
+
+    Attributes:
+        weights: per attention layer ``[F]``, float32.
+        admission: share of the tokens that keep an entry of their own.
+        block_tokens: tokens that are decided on together.
+        model: what the model was (``adms.fingerprint.describe_model``).
+        samples: a few of its weights (``adms.fingerprint.sample_weights``).
+    """
+
+    weights: tuple[torch.Tensor, ...]
+    admission: float
+    block_tokens: int
+    model: dict[str, Any]
+    samples: dict[str, list[float]]
+
+    @classmethod
+    def untrained(cls, model: nn.Module, block_tokens: int = 16) -> "UpdateGates":
+        """Gates that admit every token."""
+        # A session's code knows of caches, which know of compressors, which gates are made of.
+        from adms.fingerprint import describe_model, sample_weights
+
+        described = describe_model(model)
+        weights = tuple(
+            torch.zeros(heads * (key_dim + value_dim))
+            for heads, key_dim, value_dim, *_ in described["layers"]
+        )
+        return cls(weights, 1.0, block_tokens, described, sample_weights(model))
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuses gates of another model.
+
+        Raises:
+            ADMSValueError: form or weights differ.
+        """
+        from adms.fingerprint import (
+            describe_model,
+            model_differences,
+            sample_weights,
+            weights_differ,
+        )
+
+        differences = model_differences(self.model, describe_model(model))
+        if differences:
+            raise ADMSValueError(
+                f"these gates were trained for another model ({differences[0]}); train gates for "
+                "this one with adms train-gates"
+            )
+        # Half precision keeps three digits.
+        name = weights_differ(self.samples, sample_weights(model), 2.0**-6)
+        if name is not None:
+            raise ADMSValueError(
+                f"these gates were trained for other weights ({name} differs); train gates for "
+                "this model with adms train-gates"
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(weight.numel() * weight.element_size() for weight in self.weights)
+
+    def digest(self) -> str:
+        """A few letters that tell these weights from others."""
+        found = hashlib.sha256()
+        for weight in self.weights:
+            found.update(weight.detach().cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()[:12]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file, complete or not at all."""
+        target = Path(path)
+        partial = target.with_name(target.name + ".partial")
+        about = {
+            "format": _FORMAT,
+            "admission": self.admission,
+            "block_tokens": self.block_tokens,
+            "model": self.model,
+            "samples": self.samples,
+        }
+        tensors = {
+            f"layers.{index}": weight.detach().float().cpu().contiguous()
+            for index, weight in enumerate(self.weights)
+        }
+        save_file(tensors, partial, metadata={"adms": json.dumps(about)})
+        partial.replace(target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "UpdateGates":
+        """What ``save`` wrote.
+
+        Raises:
+            ADMSTypeError: ``path`` is no path.
+            ADMSValueError: there is no such file, or it holds something else.
+        """
+        if not isinstance(path, str | os.PathLike):
+            raise ADMSTypeError(f"gates must be UpdateGates or a path, got {path!r}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads((file.metadata() or {}).get("adms", "{}"))
+                if about.get("format") != _FORMAT:
+                    raise ADMSValueError(f"{path} holds no gates; make some with adms train-gates")
+                count = len(file.keys())
+                weights = tuple(file.get_tensor(f"layers.{index}") for index in range(count))
+        except (OSError, SafetensorError, json.JSONDecodeError) as error:
+            raise ADMSValueError(f"{path} cannot be read as gates: {error}") from error
+        return cls(
+            weights,
+            float(about["admission"]),
+            int(about["block_tokens"]),
+            about["model"],
+            about["samples"],
+        )

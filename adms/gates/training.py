@@ -1,0 +1,243 @@
+"""Training of gates by distillation: the model with folded tokens learns from itself without.
+
+The model is frozen. Its own logits are the target; the loss is their divergence from the logits of
+a pass in which old tokens are folded, and all that changes is which tokens those are.
+
+Shapes: ``B`` rows, ``N`` tokens, ``V`` words, ``L`` layers.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import kl_div
+
+from adms.binding import Binding
+from adms.enable import disable_adms, enable_adms_llm, is_enabled
+from adms.errors import ADMSValueError, UnsupportedModelError
+from adms.fingerprint import describe_model
+from adms.gates.config import AdaptiveUpdateConfig, check_admission, check_block
+from adms.gates.learned import UpdateGates
+from adms.gates.training_pass import FoldingSizes, folded_logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateTraining:
+    """How gates are trained.
+
+    Attributes:
+        admission: share of the tokens that keep an entry of their own, 0.5 to below 1.
+        block_tokens: tokens that are decided on together.
+        sink: first tokens of each excerpt, never folded.
+        recent: tokens that a query sees exactly.
+        length: tokens of an excerpt.
+        rows: excerpts a step.
+        steps: steps of the optimiser.
+        learning_rate: at the start; it falls to zero along a cosine.
+        checkpoint_every: steps between two checkpoints.
+        seed: of the choice of excerpts.
+
+    Raises:
+        ADMSTypeError, ADMSValueError: a value that cannot work.
+    """
+
+    admission: float = 0.6
+    block_tokens: int = 16
+    sink: int = 4
+    recent: int = 256
+    length: int = 1024
+    rows: int = 1
+    steps: int = 100
+    learning_rate: float = 0.01
+    checkpoint_every: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if check_admission(self.admission) == 1.0:
+            raise ADMSValueError("admission 1 leaves nothing to learn; give less")
+        check_block(self.block_tokens)
+        for name in ("sink", "recent", "length", "rows", "steps", "checkpoint_every"):
+            value, low = getattr(self, name), 0 if name == "sink" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ADMSValueError(f"{name} must be an integer of at least {low}, got {value!r}")
+        if not 0.0 < self.learning_rate < math.inf:
+            raise ADMSValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if self.length < self.sink + self.recent + self.block_tokens:
+            raise ADMSValueError(
+                f"length {self.length} leaves no block to fold beside sink {self.sink} and recent "
+                f"{self.recent}; raise length or lower recent"
+            )
+
+    @property
+    def sizes(self) -> FoldingSizes:
+        """What is folded."""
+        update = AdaptiveUpdateConfig(admission=self.admission, block_tokens=self.block_tokens)
+        block, admitted = update.block_sizes(1)
+        return FoldingSizes(self.sink, self.recent, block, admitted)
+
+
+def train_gates(
+    model: nn.Module,
+    ids: torch.Tensor,
+    training: GateTraining | None = None,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    on_step: Callable[[int, float], object] | None = None,
+) -> UpdateGates:
+    """Trains gates of a model on a text.
+
+    Args:
+        model: a model of a supported family; it is frozen, and as it was afterwards.
+        ids: ``[N]`` token ids of the text.
+        training: how; the defaults if None.
+        checkpoint: file to keep the state in, and to go on from if it is there.
+        on_step: called with the number of finished steps and the last loss.
+
+    Raises:
+        ADMSValueError: the text is too short, or the checkpoint is of another training.
+        UnsupportedModelError: no layer of the model can be trained.
+    """
+    settings = GateTraining() if training is None else training
+    if ids.dim() != 1 or len(ids) < settings.length + 1:
+        raise ADMSValueError(
+            f"ids must be one row of more than length = {settings.length} tokens, got "
+            f"{list(ids.shape)}; give a longer text or a smaller length"
+        )
+    gates = UpdateGates.untrained(model, settings.block_tokens)
+    device = next(model.parameters()).device
+    weights = [weight.to(device).requires_grad_() for weight in gates.weights]
+    optimiser = torch.optim.Adam(weights, lr=settings.learning_rate)
+    done = _resume(checkpoint, settings, gates, weights, optimiser)
+    with _frozen(model) as binding:
+        for step in range(done, settings.steps):
+            for group in optimiser.param_groups:
+                share = step / settings.steps
+                group["lr"] = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+            generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+            text = excerpts(ids, settings, generator).to(device)
+            loss = distillation_loss(model, binding, text, weights, settings, generator)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            if checkpoint is not None and (step + 1) % settings.checkpoint_every == 0:
+                _keep(checkpoint, settings, gates, weights, optimiser, step + 1)
+            if on_step is not None:
+                on_step(step + 1, loss.item())
+    trained = tuple(weight.detach().cpu() for weight in weights)
+    return dataclasses.replace(gates, weights=trained, admission=settings.admission)
+
+
+def excerpts(ids: torch.Tensor, training: GateTraining, generator: torch.Generator) -> torch.Tensor:
+    """The text of a step, ``[B, N]``."""
+    starts = torch.randint(len(ids) - training.length, (training.rows,), generator=generator)
+    return torch.stack([ids[start : start + training.length] for start in starts.tolist()])
+
+
+def distillation_loss(
+    model: nn.Module,
+    binding: Binding,
+    ids: torch.Tensor,
+    weights: list[torch.Tensor],
+    training: GateTraining,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Mean divergence, in nats, of the logits with folded tokens from those without.
+
+    Over the tokens that see folded ones.
+
+    Args:
+        model: frozen and enabled.
+        binding: any of a cache of it.
+        ids: ``[B, N]``.
+        weights: per layer ``[F]``.
+        training: what is folded.
+        generator: of training; None for the loss of the gates as they are.
+    """
+    first = training.sink + training.block_tokens + training.recent - 1
+    with torch.no_grad():
+        whole: Any = model(input_ids=ids, use_cache=False)
+        target = whole.logits[:, first:].float().log_softmax(-1)
+    folded = folded_logits(model, binding, ids, weights, training.sizes, generator)[:, first:]
+    student = folded.float().log_softmax(-1)
+    divergence = kl_div(student, target, reduction="sum", log_target=True)
+    return divergence / target[..., 0].numel()
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[Binding]:
+    """The model enabled, in evaluation and without gradients; afterwards as it was."""
+    was_enabled, was_training = is_enabled(model), model.training
+    asked = [value.requires_grad for value in model.parameters()]
+    try:
+        model.eval().requires_grad_(False)
+        # The sizes mean nothing here, but small ones fit every model.
+        cache = enable_adms_llm(
+            model, start_size=1, recent_size=1, compressed_budget=1, prefill_chunk_size=1
+        )
+        binding = cache.binding_for_use
+        attentions = len(describe_model(model)["layers"])
+        own = [binding.is_adms_layer(index) for index in range(attentions)]
+        if not any(own) or binding.num_layers > attentions:
+            raise UnsupportedModelError(
+                "gates can be trained where attention has no window and positions do not enter at "
+                f"the embedding, which is not so in this {type(model).__name__}; use "
+                'policy="similarity"'
+            )
+        yield binding
+    finally:
+        for value, wanted in zip(model.parameters(), asked, strict=True):
+            value.requires_grad_(wanted)
+        model.train(was_training)
+        if not was_enabled:
+            disable_adms(model)
+
+
+def _keep(
+    checkpoint: str | os.PathLike[str],
+    training: GateTraining,
+    gates: UpdateGates,
+    weights: list[torch.Tensor],
+    optimiser: torch.optim.Optimizer,
+    steps: int,
+) -> None:
+    target = Path(checkpoint)
+    partial = target.with_name(target.name + ".partial")
+    state = {
+        "training": asdict(training),
+        "samples": gates.samples,
+        "weights": [weight.detach() for weight in weights],
+        "optimiser": optimiser.state_dict(),
+        "steps": steps,
+    }
+    torch.save(state, partial)
+    partial.replace(target)
+
+
+def _resume(
+    checkpoint: str | os.PathLike[str] | None,
+    training: GateTraining,
+    gates: UpdateGates,
+    weights: list[torch.Tensor],
+    optimiser: torch.optim.Optimizer,
+) -> int:
+    """Steps that a checkpoint has done, whose state is taken over; 0 without one."""
+    if checkpoint is None or not Path(checkpoint).is_file():
+        return 0
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if state["training"] != asdict(training) or state["samples"] != gates.samples:
+        raise ADMSValueError(
+            f"{checkpoint} is of a training with other settings or of another model; remove it to "
+            "start afresh, or give the same settings"
+        )
+    with torch.no_grad():
+        for weight, kept in zip(weights, state["weights"], strict=True):
+            weight.copy_(kept)
+    optimiser.load_state_dict(state["optimiser"])
+    return int(state["steps"])

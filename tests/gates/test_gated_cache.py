@@ -1,0 +1,188 @@
+"""Gates inside a cache: a tiny Llama, every architecture, every compressor."""
+
+import dataclasses
+from unittest import mock
+
+import pytest
+import torch
+
+from adms import ADMSKVCache, disable_adms, enable_adms_llm
+from adms.attention import tiered
+from adms.errors import ADMSValueError, SessionFileError
+from adms.gates import AdaptiveUpdateConfig, UpdateGates
+from tests.compressors.material import NAMES
+from tests.patches import tiny as architectures
+from tests.streams import feed, random_ids, reachable_bytes, tiny_llama
+
+SIZES = {"start_size": 4, "recent_size": 64, "compressed_budget": 160}
+
+
+def trained(model: torch.nn.Module, seed: int = 0) -> UpdateGates:
+    """Gates with random weights, as if trained."""
+    generator = torch.Generator().manual_seed(seed)
+    gates = UpdateGates.untrained(model)
+    weights = tuple(
+        torch.randn(weight.shape, generator=generator) * 0.1 for weight in gates.weights
+    )
+    return dataclasses.replace(gates, weights=weights, admission=0.6)
+
+
+@pytest.mark.parametrize("kind", ["all admitted", "untrained"])
+def test_the_identity(kind: str) -> None:
+    model = tiny_llama(trained=4096)
+    if kind == "untrained":
+        update = AdaptiveUpdateConfig(policy="learned", gates=UpdateGates.untrained(model))
+    else:
+        update = AdaptiveUpdateConfig(admission=1.0)
+    ids = random_ids(1, 900)
+    expected = feed(model, ids, enable_adms_llm(model, **SIZES))
+    got = feed(model, ids, enable_adms_llm(model, **SIZES, adaptive_update=update))
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_compressor_holds_more_within_the_bound(name: str) -> None:
+    model = tiny_llama(trained=4096)
+    plain = enable_adms_llm(model, **SIZES, compressor_type=name)
+    gated = enable_adms_llm(
+        model, **SIZES, compressor_type=name, adaptive_update=AdaptiveUpdateConfig()
+    )
+    ids = random_ids(2, 900)
+    mask = torch.ones_like(ids)
+    mask[1, :37] = 0
+    for start in range(0, 900, 180):
+        part = ids[:, start : start + 180]
+        with torch.no_grad():
+            for cache in (plain, gated):
+                logits = model(
+                    part, past_key_values=cache, attention_mask=mask[:, : start + 180]
+                ).logits
+                assert logits.isfinite().all()
+                assert cache.nbytes <= cache.max_nbytes
+    assert gated.nbytes + gated.shared_nbytes == reachable_bytes(gated)
+    assert gated.max_nbytes <= plain.max_nbytes + 2 * 24 * 2 * 32 * 4 * 2, "what waits is charged"
+    own, other = (cache.layers[0].middle.plan.geometry for cache in (gated, plain))
+    assert own.capacity > 1.3 * other.capacity
+    # One token at a time, as generate does.
+    for step in range(40):
+        assert feed(model, random_ids(2, 1, seed=step), gated).isfinite().all()
+
+
+@pytest.mark.parametrize("policy", ["similarity", "learned"])
+def test_a_padded_row_is_the_row_alone_and_chunks_change_nothing(policy: str) -> None:
+    model = tiny_llama(trained=4096)
+    update = AdaptiveUpdateConfig()
+    if policy == "learned":
+        update = AdaptiveUpdateConfig(policy="learned", gates=trained(model))
+    padding, chunk, total = 24, 64, 832
+    ids = random_ids(2, total)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    together, alone = (enable_adms_llm(model, **SIZES, adaptive_update=update) for _ in range(2))
+    for start in range(0, total, chunk):
+        part = slice(start, start + chunk)
+        with torch.no_grad():
+            batch = model(
+                ids[:, part], past_key_values=together, attention_mask=mask[:, : part.stop]
+            ).logits
+        skipped = padding if start == 0 else 0
+        single = feed(model, ids[:1, start + skipped : part.stop], alone)
+        torch.testing.assert_close(batch[:1, skipped:], single, atol=2e-4, rtol=2e-4)
+    assert "gates" in alone.layers[0].cache.binding.compressor.name
+
+
+@pytest.mark.parametrize("name", architectures.NAMES)
+def test_every_architecture(name: str) -> None:
+    model = architectures.tiny(name)
+    cache = enable_adms_llm(
+        model,
+        start_size=2,
+        recent_size=16,
+        compressed_budget=16,
+        prefill_chunk_size=8,
+        compressor_type="quantized",
+        importance_ratio=0.0,
+        adaptive_update=AdaptiveUpdateConfig(block_tokens=4),
+    )
+    ids = architectures.ids(2, 150)
+    with torch.no_grad():
+        logits = model(ids, past_key_values=cache).logits
+    assert logits.isfinite().all()
+    assert cache.nbytes <= cache.max_nbytes
+
+
+@pytest.mark.parametrize("policy", ["similarity", "learned"])
+def test_a_session_goes_on_with_the_same_gates_only(policy: str, tmp_path) -> None:
+    model = tiny_llama(trained=4096)
+    gates = trained(model)
+
+    def update() -> AdaptiveUpdateConfig:
+        if policy == "learned":
+            return AdaptiveUpdateConfig(policy="learned", gates=gates)
+        return AdaptiveUpdateConfig()
+
+    cache = enable_adms_llm(model, **SIZES, adaptive_update=update())
+    feed(model, random_ids(1, 700), cache)
+    path = tmp_path / "stream.adms"
+    cache.save(path)
+    given = {} if policy == "similarity" else {"adaptive_update": update()}
+    again = ADMSKVCache.load(path, model=model, **given)
+    more = random_ids(1, 100, seed=1)
+    assert torch.equal(feed(model, more, again), feed(model, more, cache))
+    with pytest.raises(SessionFileError, match="codes were made with"):
+        ADMSKVCache.load(path, model=model, adaptive_update=None)
+    if policy == "learned":
+        with pytest.raises(SessionFileError, match="gates, which belong to the model"):
+            ADMSKVCache.load(path, model=model)
+        gates = trained(model, seed=1)
+        with pytest.raises(SessionFileError, match="codes were made with compressor"):
+            ADMSKVCache.load(path, model=model, adaptive_update=update())
+
+
+def test_gates_of_another_model_and_a_missing_middle_are_refused() -> None:
+    model, other, narrow = (
+        tiny_llama(),
+        tiny_llama(seed=1),
+        tiny_llama(layers=3),
+    )
+    update = AdaptiveUpdateConfig(policy="learned", gates=trained(model))
+    with pytest.raises(ADMSValueError, match=r"other weights \(.* differs\)"):
+        enable_adms_llm(other, adaptive_update=update)
+    with pytest.raises(ADMSValueError, match="another model"):
+        enable_adms_llm(narrow, adaptive_update=update)
+    with pytest.raises(ADMSValueError, match="compressed_budget=0 leaves none"):
+        enable_adms_llm(model, compressed_budget=0, adaptive_update=AdaptiveUpdateConfig())
+    enable_adms_llm(model.to(torch.bfloat16), adaptive_update=update)
+    disable_adms(model)
+
+
+@pytest.mark.parametrize("chunk", [1, 64])
+def test_every_token_of_the_middle_weighs_once(chunk: int) -> None:
+    """Landmarks count one, and the entries that they were folded into so much less."""
+    model = tiny_llama(trained=4096)
+    cache = enable_adms_llm(
+        model,
+        **SIZES,
+        compressor_type="quantized",
+        importance_ratio=0.3,
+        adaptive_update=AdaptiveUpdateConfig(),
+    )
+    feed(model, random_ids(2, 800), cache)
+    found: list[float] = []
+    original = tiered.without_landmarks
+
+    def spy(entries, landmarks, places, *rest):
+        result = original(entries, landmarks, places, *rest)
+        kept = torch.ones_like(result.log_weight[:, 0]) if result.valid is None else result.valid
+        mass = (result.log_weight[:, 0].exp() * kept).sum(1)
+        first = places[:, 0].min().floor()
+        found.extend((mass + (landmarks >= first).sum(1)).tolist())
+        assert not torch.equal(result.log_weight, entries.log_weight)
+        return result
+
+    geometry = cache.layers[0].middle.plan.geometry
+    held = geometry.held(cache.timeline.middle_tokens(0))
+    with mock.patch.object(tiered, "without_landmarks", spy):
+        feed(model, random_ids(2, chunk, seed=1), cache)
+    assert geometry.landmarks > 10
+    assert found == pytest.approx([held] * 4, abs=1e-2)
