@@ -82,6 +82,8 @@ class ADMSKVCache(Cache):
         self.step: DecodeStep | None = None
         #: why the last token was decoded without one
         self.step_obstacle: str | None = None
+        #: why no further one is tried
+        self.step_refused: str | None = None
         self._unchecked: ForwardView | None = None
 
     # --- binding ---------------------------------------------------------------------------------

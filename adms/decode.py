@@ -49,7 +49,18 @@ def advance(
     if reason is None:
         if cache.step is None or not cache.step.fits(cache):
             cache.step = DecodeStep(cache, decoder)
-        return cache.step.run(forward, arguments, view)
+        step = cache.step
+        try:
+            return step.run(forward, arguments, view)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if kernel == "triton" or not step.captures or step.graph is not None:
+                raise
+            # What a model does in a pass cannot be known before it is captured; said below.
+            first = str(error).strip().split("\n")[0]
+            reason = cache.step_refused = f"its capture failed ({type(error).__name__}: {first})"
+            cache.step, view.is_step = None, False
     if kernel == "triton":
         raise ADMSValueError(f"kernel='triton' cannot be used: {reason}; use kernel='auto'")
     if cache.step_obstacle != reason:
@@ -66,6 +77,8 @@ def _obstacle(cache: ADMSKVCache, view: ForwardView, arguments: dict[str, Any]) 
         return "the cache's layers do more with a pass than hold its tokens"
     if view.device.type not in PHASES:
         return f"static steps are for {' and '.join(PHASES)}, the model is on {view.device.type}"
+    if cache.step_refused is not None:
+        return cache.step_refused
     if not binding.captures:
         return "the architecture does more in a pass than a graph can hold"
     if view.device.type == "cuda" and not has_triton():

@@ -31,6 +31,8 @@ from adms.timeline import ring_tokens
 WARMUP_PASSES = 2
 # What compiles the layers of a pass that is captured; None captures them as they are.
 BACKEND: str | None = "inductor"
+# Compiled forms of one kind of layer, over all captures of a process.
+MOST_CAPTURED_LAYERS = 2**16
 # More than any stream has: the geometry of a full middle.
 FULL = 2**62
 
@@ -382,15 +384,15 @@ def _compiled_layers(decoder: Any) -> Iterator[None]:
         yield
         return
     before = [layer.__dict__.get("forward") for layer in decoder.layers]
-    limit = len(before) + 8
     try:
         for layer in decoder.layers:
             layer.forward = torch.compile(
                 layer.forward, backend=BACKEND, fullgraph=True, dynamic=False
             )
-        # All layers share one function, and each has its own entry there.
+        # The layers of all models of a kind share one function, and each capture of each layer has
+        # its own entry there, which is used once.
         with torch._dynamo.config.patch(
-            recompile_limit=limit, accumulated_recompile_limit=64 * limit
+            recompile_limit=MOST_CAPTURED_LAYERS, accumulated_recompile_limit=MOST_CAPTURED_LAYERS
         ):
             yield
     finally:

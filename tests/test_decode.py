@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 import adms.decode
+import adms.step
 from adms import ADMSKVCache, enable_adms_llm, enable_streaming_llm
 from adms.errors import ADMSValueError
 from tests.streams import feed, random_ids, reachable_bytes, small_cache, tiny_llama
@@ -153,3 +154,44 @@ def test_plain_kernel_makes_no_step(static: None) -> None:
     cache = small_cache(model, kernel="torch")
     feed(model, ids, cache, step=1)
     assert isinstance(cache, ADMSKVCache) and cache.step is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_graph_is_captured_once_and_replayed(rows: int) -> None:
+    model, ids = tiny_llama().to("cuda"), random_ids(rows, 420).to("cuda")
+    cache, plain = small_cache(model, kernel="triton"), small_cache(model, kernel="torch")
+    feed(model, ids[:, :300], cache)
+    feed(model, ids[:, :300], plain)
+    first = feed(model, ids[:, 300:301], cache)
+    assert cache.step is not None and cache.step.phase == "coded"
+    graph, counters = cache.step.graph, torch._dynamo.utils.counters
+    before = {name: dict(counts) for name, counts in counters.items()}
+    rest = feed(model, ids[:, 301:], cache, step=1)
+    assert cache.step.graph is graph
+    assert {name: dict(counts) for name, counts in counters.items()} == before
+    assert not counters["graph_break"]
+    found = torch.cat([first, rest], dim=1)
+    assert_close(found, feed(model, ids[:, 300:], plain, step=1), atol=1e-4, rtol=1e-4)
+
+
+def test_a_capture_that_fails_is_said_and_not_tried_again(
+    static: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny_llama(), random_ids(1, 30)
+    cache, plain = small_cache(model), small_cache(model, kernel="torch")
+    feed(model, ids[:, :10], cache)
+    tries = []
+
+    def refuse(*args: Any) -> None:
+        tries.append(args)
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(adms.step.DecodeStep, "_prepare", refuse)
+    monkeypatch.setattr(adms.step.DecodeStep, "captures", True)
+    found = feed(model, ids[:, 10:], cache, step=1)
+    assert len(tries) == 1
+    assert cache.step_obstacle == (
+        "its capture failed (RuntimeError: operation not permitted when stream is capturing)"
+    )
+    assert_close(found, feed(model, ids, plain, step=0)[:, 10:], atol=2e-5, rtol=2e-5)

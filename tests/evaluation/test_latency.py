@@ -44,7 +44,6 @@ def test_every_method_side_by_side(tmp_path: Path) -> None:
         assert row["cache_bytes"] > 0
     held = {(row["method"], row["batch"], row["position"]): row.get("cache_bytes") for row in rows}
     assert held[ADMS, 1, 400] <= 1.01 * held[ADMS, 1, 300]
-    assert held[ADMS, 1, 400] <= held[STREAMING, 1, 300]
     assert held[FULL, 1, 300] < held[FULL, 1, 400] and held[ADMS, 2, 300] > 1.9 * held[ADMS, 1, 300]
     drawn = plot_latency(rows, tmp_path)
     assert [path.name for path in drawn] == ["position.png", "memory.png", "batch.png"]
