@@ -4,7 +4,7 @@ The text is read in chunks through one cache; the loss is over the tokens from -
 is the share of the tokens that get an entry of their own in the middle, reach how many tokens the
 same bytes hold there; read is the share of the recent tier's entries that attention reads.
 
-    python scripts/measure_layers.py TEXT_FILE [--admissions 0.75 0.6] [--bounds 0.01 0.02]
+    python scripts/measure_layers.py TEXT_FILE [--admissions 0.75 0.6] [--bounds 0.005 0.02]
         [--gates gates.safetensors] [--compressor vq]
 """
 
@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("text")
     parser.add_argument("--admissions", type=float, nargs="*", default=[0.75, 0.6])
-    parser.add_argument("--bounds", type=float, nargs="*", default=[0.01, 0.02])
+    parser.add_argument("--bounds", type=float, nargs="*", default=[0.005, 0.02])
     parser.add_argument("--gates", help="a file from adms train-gates")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--device", default="auto")

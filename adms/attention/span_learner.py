@@ -55,7 +55,7 @@ class IntegratedAttentionConfig:
         ADMSValueError: a field is out of range.
     """
 
-    mass_bound: float = 0.02
+    mass_bound: float = 0.005
     min_span: int = 16
     learn: bool = True
     learning_rate: float = 0.5
@@ -76,7 +76,9 @@ class IntegratedAttentionConfig:
         if not isinstance(self.learn, bool):
             raise ADMSTypeError(f"learn must be True or False, got {self.learn!r}")
         if not 0.0 <= self.mass_bound <= 1.0:
-            raise ADMSValueError(f"mass_bound must lie in 0..1, got {self.mass_bound}; 0.02 is 2%")
+            raise ADMSValueError(
+                f"mass_bound must lie in 0..1, got {self.mass_bound}; 0.005 is 0.5%"
+            )
         if self.min_span < 1:
             raise ADMSValueError(
                 f"min_span must be at least 1, got {self.min_span}; a span of 0 reads nothing"

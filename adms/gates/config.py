@@ -21,8 +21,8 @@ class AdaptiveUpdateConfig:
     Attributes:
         policy: "similarity" folds the tokens that are most alike; "learned" weighs them by what
             gates trained with ``adms train-gates`` make of them.
-        admission: share of the tokens that keep an entry of their own, 0.5 to 1; 1 admits all and
-            changes nothing. With "learned", the gates' own, and left out.
+        admission: share of the tokens that keep an entry of their own, 0.5 to 1 (0.75 if None); 1
+            admits all and changes nothing. With "learned", the gates' own, and left out.
         block_tokens: tokens that are decided on together (more where the compressor has blocks of
             its own); they wait for each other, and what waits is charged to ``compressed_budget``.
             With "learned", the gates' own, and left out.
@@ -50,7 +50,7 @@ class AdaptiveUpdateConfig:
         if self.gates is not None:
             raise ADMSValueError('gates belong to policy="learned"; choose it or leave them out')
         object.__setattr__(
-            self, "admission", check_admission(0.6 if self.admission is None else self.admission)
+            self, "admission", check_admission(0.75 if self.admission is None else self.admission)
         )
         object.__setattr__(
             self,
