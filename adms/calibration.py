@@ -24,8 +24,8 @@ from adms.errors import ADMSValueError
 if TYPE_CHECKING:
     from adms.moments import Moments
 
-# Widest block: applying a basis costs as much per channel as the block is wide, for every token that
-# is decoded (docs/performance.md).
+# Widest block: applying a basis costs as much per channel as the block is wide, for every token
+# that is decoded (docs/performance.md).
 MAX_BLOCK_CHANNELS = 256
 # Share of the model's own bytes that all bases together may take.
 MAX_SHARE = 0.02

@@ -115,6 +115,8 @@ def test_an_error_in_the_second_layer(
 
 def test_a_long_call_keeps_the_chunks_before_the_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
+    # Another stream first, so that the code is fitted to the model by now.
+    aged(model, 200)
     cache, twin = aged(model, 50)
     fresh = text(32 * 4, seed=5)
     with monkeypatch.context() as patch:

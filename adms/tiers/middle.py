@@ -11,6 +11,7 @@ Shapes: ``B`` rows, ``K`` KV heads, ``N`` entries, ``L`` landmarks, ``D``/``E`` 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -51,6 +52,10 @@ class MiddlePlan:
     arena_bytes: int
     metric: Metric
     config: ADMSConfig
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MiddlePlan":
+        # It belongs to the binding, which copies of a cache share, and so does what it leads to.
+        return self
 
     @property
     def needs_queries(self) -> bool:

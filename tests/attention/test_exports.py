@@ -29,7 +29,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_importing_adms_loads_no_stand_alone_module() -> None:
     code = (
         "import sys, adms; print([name for name in sys.modules if name.startswith("
-        "('adms.attention.dynamic', 'adms.attention.integrated', 'adms.attention.refiner', "
+        "('adms.attention.dynamic', 'adms.attention.integrated', "
         "'adms.attention.streaming_transformer', 'adms.attention.adaptive_update'))])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

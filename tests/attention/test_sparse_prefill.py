@@ -15,7 +15,7 @@ from adms.config import ADMSConfig
 from adms.errors import ADMSTypeError, ADMSValueError
 from tests.patches.tiny import NAMES, ids, tiny
 
-# Evicts early; the middle stays exact and the recent tokens go round their ring.
+# Evicts and codes early; the recent tokens go round their ring.
 SMALL = ADMSConfig(
     start_size=2,
     recent_size=12,
@@ -50,7 +50,8 @@ def logits(
 def test_keeping_every_block_is_dense_attention(name: str) -> None:
     model, inputs = tiny(name), ids(2, LENGTH)
     expected = logits(model, inputs)
-    torch.testing.assert_close(logits(model, inputs, **ALL), expected, atol=2e-5, rtol=0)
+    # A code or a landmark may flip by rounding.
+    torch.testing.assert_close(logits(model, inputs, **ALL), expected, atol=5e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["llama", "mpt", "falcon-alibi", "gemma2"])

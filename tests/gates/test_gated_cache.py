@@ -171,11 +171,11 @@ def test_every_token_of_the_middle_weighs_once(chunk: int) -> None:
     found: list[float] = []
     original = tiered.without_landmarks
 
-    def spy(entries, landmarks, places, *rest):
-        result = original(entries, landmarks, places, *rest)
+    def spy(entries, landmarks, there, places, *rest):
+        result = original(entries, landmarks, there, places, *rest)
         kept = torch.ones_like(result.log_weight[:, 0]) if result.valid is None else result.valid
         mass = (result.log_weight[:, 0].exp() * kept).sum(1)
-        first = places[:, 0].min().floor()
+        first = places.min().floor()
         found.extend((mass + (landmarks >= first).sum(1)).tolist())
         assert not torch.equal(result.log_weight, entries.log_weight)
         return result
