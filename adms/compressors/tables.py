@@ -52,6 +52,7 @@ class CodeTables:
         keys, values: from channels to states.
         half_gain: gains are two bytes of float16; else one byte of ``gain_steps`` per doubling.
         gain_steps: steps per doubling of a gain of one byte, whose zero is 128.
+        log_weight: ``[R, K]`` float32, added to the scores of each KV head; None: zero.
     """
 
     offsets: torch.Tensor
@@ -59,11 +60,12 @@ class CodeTables:
     values: Projection
     half_gain: bool = False
     gain_steps: int = 8
+    log_weight: torch.Tensor | None = None
 
-    def cut(self, record_bytes: int) -> "CodeTables":
-        """The tables of records that end earlier."""
+    def cut(self, record_bytes: int, log_weight: torch.Tensor | None) -> "CodeTables":
+        """The tables of records that end earlier, with the log-weight of those."""
         offsets = torch.where(self.offsets < record_bytes, self.offsets, -1)
-        return dataclasses.replace(self, offsets=offsets)
+        return dataclasses.replace(self, offsets=offsets, log_weight=log_weight)
 
     def trimmed(self) -> "CodeTables":
         """Without the last groups of blocks that no record has a code for; asks the device."""
