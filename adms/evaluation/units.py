@@ -235,7 +235,7 @@ class Bench:
                 "expected": trial.answer,
                 "reply": " ".join(decode_ids(self.tokenizer, ids).split()),
                 "cache_bytes": max(held) // unit.count,
-                "max_bytes": method.max_nbytes // unit.count if method.max_nbytes else None,
+                "max_bytes": method.max_nbytes,
             }
             for index, (trial, ids) in enumerate(zip(trials, produced, strict=True))
         ]

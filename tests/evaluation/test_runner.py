@@ -327,4 +327,9 @@ def test_trials_read_together_answer_as_alone(
         run_evaluation(evaluation, folder, command="the command")
         rows.append(rows_of(folder))
     assert len(rows[0]) == 4 * 2 * 4
-    assert rows[0] == rows[1]
+    for alone, together in zip(*rows, strict=True):
+        # A batch shares what does not depend on its rows, so a row's part of the bytes is less.
+        for name in ("cache_bytes", "max_bytes"):
+            one, part = alone.pop(name), together.pop(name)
+            assert one == part or 0.9 * float(one) < float(part) <= float(one)
+        assert alone == together
