@@ -26,8 +26,8 @@ class ADMSConfig:
     16-bit tokens per KV head, in which a compressor may hold many more tokens.
 
     Attributes:
-        start_size: attention sinks, the first tokens of the stream, kept exactly; left at its default,
-            a family of models may have a better one (ALiBi: 8).
+        start_size: attention sinks, the first tokens of the stream, kept exactly; where it is left
+            at its default, a family of models may have a better one (ALiBi: 8).
         max_seq_length: longest context expected; only sizes the dynamic sink.
         enable_dynamic_sink: use 1% of ``max_seq_length`` (rounded down, at least ``start_size``)
             as the number of sinks.
