@@ -10,7 +10,7 @@ keys/values.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,7 @@ class Coder(ABC):
         entries_per_record: entries that a record decodes to.
         fit_tokens: most tokens that ``fit`` makes use of.
         uses_queries: whether ``fit`` or ``encode`` makes use of queries.
+        is_stackable: whether ``stacked`` can be used.
     """
 
     header_bytes: int = 0
@@ -87,6 +88,17 @@ class Coder(ABC):
     entries_per_record: int = 1
     fit_tokens: int = 512
     uses_queries: bool = False
+    is_stackable: bool = False
+
+    def stacked(self, coders: "Sequence[Coder]") -> "Coder":
+        """One coder for the rows of several layers.
+
+        Its rows are those of the first layer, then those of the second, and so on, as many of each.
+
+        Args:
+            coders: one per layer, of this kind and with the same layout.
+        """
+        return self
 
     @property
     def capacity(self) -> int:
@@ -143,6 +155,8 @@ class Coder(ABC):
 
 class RawCoder(Coder):
     """Tokens as they are, in their own dtype: the middle before it has to compress."""
+
+    is_stackable = True
 
     def __init__(self, shape: TokenShape, dtype: torch.dtype, num_records: int) -> None:
         self.shape = shape

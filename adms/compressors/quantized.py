@@ -52,6 +52,8 @@ class QuantizedCoder(Coder):
         num_records: tokens to hold.
     """
 
+    is_stackable = True
+
     def __init__(
         self,
         shape: TokenShape,
