@@ -315,16 +315,18 @@ def as_bytes(states: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(data: torch.Tensor, *layout: tuple[torch.dtype, tuple[int, ...]]) -> list[torch.Tensor]:
-    """Takes back what ``pack`` put together: a tensor ``[B, *shape]`` per ``(dtype, shape)``."""
+    """Takes back what ``pack`` put together: a tensor ``[B, *shape]`` per ``(dtype, shape)``.
+
+    Views of ``data`` where its places allow it.
+    """
     result, start = [], 0
     for dtype, shape in layout:
-        size = dtype.itemsize
-        for extent in shape:
-            size *= extent
-        part: Any = data[:, start : start + size].reshape(-1)
-        if part.storage_offset() % dtype.itemsize:
-            # A single row is no copy wherever it starts, but a wider type needs an even start.
-            part = part.clone()
-        result.append(part.view(dtype).view(data.shape[0], *shape))
+        size = dtype.itemsize * torch.Size(shape).numel()
+        part: Any = data[:, start : start + size]
+        places = (part.storage_offset(), part.stride(0))
+        if part.stride(1) != 1 or any(place % dtype.itemsize for place in places):
+            # A wider type needs an even start in every row.
+            part = part.clone(memory_format=torch.contiguous_format)
+        result.append(part.view(dtype).unflatten(1, shape))
         start += size
     return result

@@ -31,15 +31,49 @@ def codebooks_on(device: torch.device) -> torch.Tensor:
     return shipped()[0].to(device)
 
 
-def nearest(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """Index of the nearest codeword: ``[..., 8]`` and ``[256, 8]`` -> ``[...]``."""
-    half = 0.5 * codebook.square().sum(-1)
+@lru_cache(maxsize=8)
+def _half_norms_on(device: torch.device) -> torch.Tensor:
+    """Half the squared lengths of all codewords on a device, negative: ``[stages, 256]``."""
+    return -0.5 * shipped()[0].square().sum(-1).to(device)
+
+
+def residual_codes(vectors: torch.Tensor, stages: int | None = None) -> torch.Tensor:
+    """The codeword of each stage for what the stages before it left over.
+
+    Args:
+        vectors: ``[..., 8]`` float32, of unit variance.
+        stages: how many; all there are if None.
+
+    Returns:
+        ``[..., stages]`` indices (int64).
+    """
+    books, half_norms = codebooks_on(vectors.device), _half_norms_on(vectors.device)
+    codes = []
+    for book, half in zip(books[:stages], half_norms, strict=False):
+        index = nearest(vectors, book, half)
+        vectors = vectors - book[index]
+        codes.append(index)
+    return torch.stack(codes, dim=-1)
+
+
+def nearest(
+    vectors: torch.Tensor, codebook: torch.Tensor, half: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Index of the nearest codeword: ``[..., 8]`` and ``[256, 8]`` -> ``[...]``.
+
+    Args:
+        vectors: what is looked for.
+        codebook: the codewords.
+        half: minus half of their squared lengths ``[256]``, if they are known.
+    """
+    if half is None:
+        half = -0.5 * codebook.square().sum(-1)
+    flat = vectors.reshape(-1, GROUP)
     if vectors.is_cuda:
-        return (vectors @ codebook.T - half).argmax(-1)
+        return torch.addmm(half, flat, codebook.T).argmax(-1).view(vectors.shape[:-1])
     # What a processor's cache holds is searched several times faster than the whole at once.
     found = [
-        torch.addmm(-half, part, codebook.T).argmax(-1)
-        for part in vectors.reshape(-1, GROUP).split(SEARCHED_TOGETHER)
+        torch.addmm(half, part, codebook.T).argmax(-1) for part in flat.split(SEARCHED_TOGETHER)
     ]
     return torch.cat(found).view(vectors.shape[:-1])
 

@@ -26,7 +26,7 @@ from adms.compressors.base import (
     unpack,
 )
 from adms.compressors.basis import GAIN_STEPS, basis_for, split_gain, with_gain
-from adms.compressors.codebooks import GROUP, WORDS, codebooks_on, nearest, shipped
+from adms.compressors.codebooks import GROUP, WORDS, codebooks_on, residual_codes, shipped
 from adms.compressors.quantized import DEFAULT_STAGES, QuantizedCoder
 from adms.compressors.tables import CodeTables, views
 from adms.entries import Entries
@@ -145,16 +145,11 @@ class LowRankCoder(Coder):
         value_channels, value_gain = split_gain(
             self.values.analyse(for_values, _flatten(entries.values))
         )
-        residual = torch.cat([key_channels, value_channels], dim=2).unflatten(2, (-1, GROUP))
-        books = codebooks_on(residual.device)
-        codes = []
-        for book in books:
-            index = nearest(residual, book)
-            residual = residual - book[index]
-            codes.append(index)
-        # [B, N, stages, G] -> the bytes that the allocation asks for.
-        every = torch.stack(codes, dim=2).flatten(2)
-        where = stage.clamp(max=len(books) - 1) * residual.shape[2] + group
+        channels = torch.cat([key_channels, value_channels], dim=2).unflatten(2, (-1, GROUP))
+        # [B, N, G, stages] -> the bytes that the allocation asks for.
+        codes = residual_codes(channels)
+        where = group * codes.shape[3] + stage.clamp(max=codes.shape[3] - 1)
+        every = codes.flatten(2)
         chosen = every.gather(2, where[:, None].expand(-1, every.shape[1], -1))
         return torch.cat([key_gain, value_gain, chosen.to(torch.uint8)], dim=2)
 
