@@ -25,6 +25,7 @@ from adms.errors import ADMSTypeError, ADMSValueError, CacheStateError
 from adms.layer import ADMSLayer
 from adms.positions import ForwardView
 from adms.stack import lay_together
+from adms.summary import in_one_line, summarize
 from adms.tiers.window import WindowLayer
 from adms.timeline import Timeline
 
@@ -463,62 +464,12 @@ class ADMSKVCache(Cache):
         """Bytes that depend on the model alone (calibration), shared by all its caches."""
         return 0 if self.binding is None else self.binding.shared_nbytes
 
-    def _compressor_name(self) -> str:
-        chosen = self.config.compressor_type
-        if isinstance(chosen, str):
-            return chosen
-        compressor = self.binding_for_use.compressor
-        return type(chosen).__name__ if compressor is None else compressor.name
-
     def summary(self) -> dict[str, Any]:
         """What each tier holds, as plain values (of the fullest row and the first ADMS layer)."""
-        if self.timeline is None or self.binding is None:
-            return {"tokens_seen": 0, "nbytes": self.nbytes, "config": repr(self.config)}
-        sizes = self.sizes
-        row = max(range(self.timeline.batch_size), key=lambda index: self.timeline.seen[index])  # type: ignore[union-attr]
-        seen, evicted = self.timeline.seen[row], self.timeline.evicted[row]
-        total = self.timeline.middle_tokens(row)
-        layer = next((one for one in self.layers if isinstance(one, ADMSLayer)), None)
-        middle: dict[str, Any] = {"tokens": 0}
-        if layer is not None and layer.middle is not None:
-            geometry = layer.middle.plan.geometry
-            coded = geometry.is_coded(total)
-            middle = {
-                "tokens": geometry.held(total),
-                "entries": geometry.num_entries(total),
-                "form": self._compressor_name() if coded else "exact",
-                "capacity_tokens": max(geometry.capacity, geometry.raw_tokens),
-                "forgotten_tokens": total - geometry.held(total),
-                "landmarks": geometry.landmarks if coded else 0,
-                "bytes_per_layer_and_row": layer.middle.plan.arena_bytes,
-            }
-        optional = {}
-        if self.spans is not None:
-            optional["integrated_attention"] = self.spans.report()
-        return {
-            **optional,
-            "tokens_seen": seen,
-            "batch_size": self.timeline.batch_size,
-            "sink": {"tokens": min(evicted, sizes.sink), "capacity": sizes.sink},
-            "middle": middle,
-            "recent": {"tokens": seen - evicted, "capacity": sizes.recent + sizes.waiting},
-            "nbytes": self.nbytes,
-            "max_nbytes": self.max_nbytes,
-            "shared_nbytes": self.shared_nbytes,
-        }
+        return summarize(self)
 
     def __repr__(self) -> str:
-        if self.timeline is None or self.binding is None:
-            return f"ADMSKVCache(empty, {self.config})"
-        what = self.summary()
-        middle = what["middle"]
-        form = f" {middle['form']}" if middle["tokens"] else ""
-        return (
-            f"ADMSKVCache({what['tokens_seen']} tokens seen, {what['batch_size']} row(s): "
-            f"sink {what['sink']['tokens']} | middle {middle['tokens']}{form} | "
-            f"recent {what['recent']['tokens']}; {what['nbytes']:,} of at most "
-            f"{what['max_nbytes']:,} bytes)"
-        )
+        return in_one_line(self)
 
     # --- transformers' contract ------------------------------------------------------------------
 

@@ -75,7 +75,7 @@ class Commit:
             return
         plans: dict[torch.device, Moves] = {}
         for alike in lay_together(self.layers):
-            device = alike[0].device
+            device = alike.exact.keys.device
             if device not in plans:
                 plans[device] = plan_moves(
                     self.timeline,
@@ -88,14 +88,11 @@ class Commit:
             moves = plans[device]
             tokens = self.timeline.batch_size * max(self.view.columns, moves.num_leaving)
             together = max(1, TOKENS_TOGETHER // tokens)
-            for first in range(0, len(alike), together):
-                self.works.append(self._work(alike[first : first + together], moves))
+            for first in range(0, len(alike.layers), together):
+                self.works.append(self._work(alike.part(first, first + together), moves))
         self._settle_landmarks()
 
-    def _work(self, layers: list[ADMSLayer], moves: Moves) -> _Work:
-        stack = LayerStack.of(layers)
-        if stack is None:
-            raise RuntimeError("layers that were laid together do not lie side by side")
+    def _work(self, stack: LayerStack, moves: Moves) -> _Work:
         work = _Work(stack, moves)
         if not moves.num_leaving:
             return work
@@ -107,7 +104,7 @@ class Commit:
             work.writes, work.candidates = stack.middle.prepare(
                 work.leaving,
                 arrivals,
-                lambda layer, row: self._staying(layers[layer], row),
+                lambda layer, row: self._staying(stack.layers[layer], row),
                 stack.queries,
             )
         return work

@@ -8,6 +8,7 @@ side is asked of the tensors themselves, and ``lay_together`` brings them back.
 Shapes: ``L`` layers, ``B`` rows, ``K`` KV heads, ``Q`` columns of a pass.
 """
 
+import functools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -26,57 +27,69 @@ class LayerStack:
 
     Attributes:
         layers: one or several.
-        exact: their exact tiers, ``[L, B, ...]``.
-        middle: their middles; None where the budget is 0.
-        staged: the pass's tokens ``[L, B, K, Q, ...]``, if they are kept aside.
-        queries: the pass's queries ``[L, B, H, Q, D]``, if they are kept.
+        tensors: keys, values and the middle's bytes of all of them, ``[L, B, ...]``.
     """
 
     layers: list[ADMSLayer]
-    exact: ExactTier
-    middle: MiddleStack | None
-    staged: Entries | None
-    queries: torch.Tensor | None
+    tensors: list[torch.Tensor]
 
-    @classmethod
-    def of(cls, layers: list[ADMSLayer]) -> "LayerStack | None":
-        """The stack of layers that are alike; None where they do not lie side by side."""
-        tiers = [tensors_of(layer) for layer in layers]
-        held = [side_by_side(parts) for parts in zip(*tiers, strict=True)]
-        found = [part for part in held if part is not None]
-        if len(found) < len(held):
+    def part(self, first: int, stop: int) -> "LayerStack":
+        """Some of the layers."""
+        return LayerStack(self.layers[first:stop], [part[first:stop] for part in self.tensors])
+
+    @functools.cached_property
+    def exact(self) -> ExactTier:
+        """The exact tiers."""
+        return ExactTier(self.tensors[0], self.tensors[1])
+
+    @functools.cached_property
+    def middle(self) -> MiddleStack | None:
+        """The middles; None where the budget is 0."""
+        plans = [layer.middle.plan for layer in self.layers if layer.middle is not None]
+        return MiddleStack(plans, self.tensors[2]) if plans else None
+
+    @functools.cached_property
+    def staged(self) -> Entries | None:
+        """The pass's tokens ``[L, B, K, Q, ...]``, if they are kept aside."""
+        staged = [layer.staged for layer in self.layers if layer.staged is not None]
+        if len(staged) < len(self.layers):
             return None
-        plans = [layer.middle.plan for layer in layers if layer.middle is not None]
-        staged = [layer.staged for layer in layers if layer.staged is not None]
-        queries = [layer.queries for layer in layers if layer.queries is not None]
-        return cls(
-            layers,
-            ExactTier(found[0], found[1]),
-            MiddleStack(plans, found[2]) if plans else None,
-            _entries(staged) if len(staged) == len(layers) else None,
-            _together(queries) if len(queries) == len(layers) else None,
+        return Entries(
+            _together([part.keys for part in staged]), _together([part.values for part in staged])
         )
 
+    @functools.cached_property
+    def queries(self) -> torch.Tensor | None:
+        """The pass's queries ``[L, B, H, Q, D]``, if they are kept."""
+        queries = [layer.queries for layer in self.layers if layer.queries is not None]
+        return _together(queries) if len(queries) == len(self.layers) else None
 
-def lay_together(layers: Sequence[ADMSLayer]) -> list[list[ADMSLayer]]:
+
+def lay_together(layers: Sequence[ADMSLayer]) -> list[LayerStack]:
     """Moves the tiers of layers that are alike into one storage each, where they are not yet.
 
     Args:
         layers: with tiers.
 
     Returns:
-        The layers that are alike, in their order; a layer that has no like is alone.
+        All layers: those that are alike as one stack, in their order.
     """
     kinds: dict[Hashable, list[ADMSLayer]] = {}
     for layer in layers:
         kinds.setdefault(_kind(layer), []).append(layer)
-    for alike in kinds.values():
-        for index, parts in enumerate(zip(*map(tensors_of, alike), strict=True)):
-            if side_by_side(parts) is None:
-                together = torch.stack(parts)
-                for layer, view in zip(alike, together.unbind(), strict=True):
-                    _put(layer, index, view)
-    return list(kinds.values())
+    return [_laid_together(alike) for alike in kinds.values()]
+
+
+def _laid_together(alike: list[ADMSLayer]) -> LayerStack:
+    found = []
+    for index, parts in enumerate(zip(*map(tensors_of, alike), strict=True)):
+        together = side_by_side(parts)
+        if together is None:
+            together = torch.stack(parts)
+            for layer, view in zip(alike, together.unbind(), strict=True):
+                _put(layer, index, view)
+        found.append(together)
+    return LayerStack(alike, found)
 
 
 def side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
@@ -141,9 +154,3 @@ def _layout(plan: MiddlePlan) -> Hashable:
 def _together(parts: list[torch.Tensor]) -> torch.Tensor:
     """``[L, ...]``: a view of a single tensor, a copy of several."""
     return parts[0][None] if len(parts) == 1 else torch.stack(parts)
-
-
-def _entries(parts: list[Entries]) -> Entries:
-    return Entries(
-        _together([part.keys for part in parts]), _together([part.values for part in parts])
-    )
