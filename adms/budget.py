@@ -43,8 +43,10 @@ def select_landmarks(
     same = segment[:, :, None] == segment[:, None, :]
     ahead = rank[:, None, :] < rank[:, :, None]
     rank_in_segment = (same & ahead).sum(2)
-    places = torch.full_like(first[:, 0], count) if limits is None else limits
-    quota = (places.double() * priority).long() // segments
-    favoured = present & (rank_in_segment < quota[:, None])
+    if limits is None:
+        favoured = present & (rank_in_segment < int(count * priority) // segments)
+    else:
+        quota = (limits.double() * priority).long() // segments
+        favoured = present & (rank_in_segment < quota[:, None])
     key = rank - favoured.long() * tokens.shape[1] + (~present).long() * tokens.shape[1]
     return torch.argsort(key, dim=1, stable=True)[:, :count]

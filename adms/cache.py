@@ -13,18 +13,19 @@ import copy
 import os
 import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache
 
 from adms.binding import Binding
+from adms.commit import Commit
 from adms.config import ADMSConfig, Sizes
 from adms.errors import ADMSTypeError, ADMSValueError, CacheStateError
-from adms.layer import ADMSLayer, LayerCommit, RecentWindow, settle_landmarks
+from adms.layer import ADMSLayer
 from adms.positions import ForwardView
-from adms.tiers.exact import Moves, plan_moves
-from adms.tiers.undo import Undo
+from adms.stack import lay_together
+from adms.summary import in_one_line, summarize
 from adms.tiers.window import WindowLayer
 from adms.timeline import Timeline
 
@@ -35,14 +36,6 @@ if TYPE_CHECKING:
 
 class _Ticket:
     """Held by the one call that uses a cache."""
-
-
-class _Work(NamedTuple):
-    """What a commit does to one layer."""
-
-    layer: ADMSLayer
-    moves: Moves
-    commit: LayerCommit
 
 
 class ADMSKVCache(Cache):
@@ -280,34 +273,25 @@ class ADMSKVCache(Cache):
         elif after != timeline.evicted or view.device.type == "cpu":
             # What is not finite must not be coded; else there is time until the next call.
             self._require_finite_step()
-        works: list[_Work] = []
-        if not view.in_ring or after != timeline.evicted:
-            works = self._works(layers, timeline, view, after)
-            settle_landmarks([work.layer for work in works], [work.commit for work in works])
+        commit = Commit(timeline, view, after, layers, windows)
+        commit.prepare()
         spans = self._spans_after(view, layers)
-        undo = Undo()
-        for work in works:
-            work.layer.keep_overwritten(work.commit, work.moves, undo)
-        for window in windows:
-            window.keep_overwritten(timeline, view, undo)
+        commit.keep_overwritten()
         try:
-            for work in works:
-                work.layer.apply(work.commit, work.moves)
-            for window in windows:
-                window.commit(timeline, view)
+            commit.apply()
             # All that tells the new state from the old is this one assignment, so an interrupt
             # falls before it or after it.
             self.timeline = timeline.after(view.new, after, view.columns)
             self.spans = spans
-            if self.step is not None and (works or not view.is_step):
+            if self.step is not None and (commit.moves_tokens or not view.is_step):
                 self.step.stale = True
-            if view.is_step and not works and view.device.type != "cpu":
+            if view.is_step and not commit.moves_tokens and view.device.type != "cpu":
                 view.release()
                 self._unchecked = view
         except BaseException:
             if self.timeline is timeline:
                 self._broken = True
-                undo.restore()
+                commit.take_back()
                 self._broken = False
             raise
         self._close()
@@ -325,26 +309,6 @@ class ADMSKVCache(Cache):
             # One transfer from the device per measured pass.
             measured = torch.stack([mass.to(device) for mass in masses])
         return self.spans.after(measured, view.columns)
-
-    def _works(
-        self, layers: list[ADMSLayer], timeline: Timeline, view: ForwardView, after: list[int]
-    ) -> list["_Work"]:
-        """What a commit does to each layer."""
-        columns = [view.columns_of(row) for row in range(timeline.batch_size)]
-        totals = [timeline.middle_tokens(row) for row in range(timeline.batch_size)]
-        fresh = view.new if view.in_ring else [0] * timeline.batch_size
-        written = [seen + count for seen, count in zip(timeline.seen, fresh, strict=True)]
-        recent = RecentWindow(timeline, written, columns, after)
-        plans: dict[torch.device, Moves] = {}
-        works = []
-        for layer in layers:
-            if layer.device not in plans:
-                plans[layer.device] = plan_moves(
-                    timeline, view.new, columns, view.in_ring, after, layer.device
-                )
-            moves = plans[layer.device]
-            works.append(_Work(layer, moves, layer.prepare(moves, totals, recent)))
-        return works
 
     def rollback(self) -> None:
         """Forgets the pass under way; does nothing where it was committed."""
@@ -500,62 +464,12 @@ class ADMSKVCache(Cache):
         """Bytes that depend on the model alone (calibration), shared by all its caches."""
         return 0 if self.binding is None else self.binding.shared_nbytes
 
-    def _compressor_name(self) -> str:
-        chosen = self.config.compressor_type
-        if isinstance(chosen, str):
-            return chosen
-        compressor = self.binding_for_use.compressor
-        return type(chosen).__name__ if compressor is None else compressor.name
-
     def summary(self) -> dict[str, Any]:
         """What each tier holds, as plain values (of the fullest row and the first ADMS layer)."""
-        if self.timeline is None or self.binding is None:
-            return {"tokens_seen": 0, "nbytes": self.nbytes, "config": repr(self.config)}
-        sizes = self.sizes
-        row = max(range(self.timeline.batch_size), key=lambda index: self.timeline.seen[index])  # type: ignore[union-attr]
-        seen, evicted = self.timeline.seen[row], self.timeline.evicted[row]
-        total = self.timeline.middle_tokens(row)
-        layer = next((one for one in self.layers if isinstance(one, ADMSLayer)), None)
-        middle: dict[str, Any] = {"tokens": 0}
-        if layer is not None and layer.middle is not None:
-            geometry = layer.middle.plan.geometry
-            coded = geometry.is_coded(total)
-            middle = {
-                "tokens": geometry.held(total),
-                "entries": geometry.num_entries(total),
-                "form": self._compressor_name() if coded else "exact",
-                "capacity_tokens": max(geometry.capacity, geometry.raw_tokens),
-                "forgotten_tokens": total - geometry.held(total),
-                "landmarks": geometry.landmarks if coded else 0,
-                "bytes_per_layer_and_row": layer.middle.plan.arena_bytes,
-            }
-        optional = {}
-        if self.spans is not None:
-            optional["integrated_attention"] = self.spans.report()
-        return {
-            **optional,
-            "tokens_seen": seen,
-            "batch_size": self.timeline.batch_size,
-            "sink": {"tokens": min(evicted, sizes.sink), "capacity": sizes.sink},
-            "middle": middle,
-            "recent": {"tokens": seen - evicted, "capacity": sizes.recent + sizes.waiting},
-            "nbytes": self.nbytes,
-            "max_nbytes": self.max_nbytes,
-            "shared_nbytes": self.shared_nbytes,
-        }
+        return summarize(self)
 
     def __repr__(self) -> str:
-        if self.timeline is None or self.binding is None:
-            return f"ADMSKVCache(empty, {self.config})"
-        what = self.summary()
-        middle = what["middle"]
-        form = f" {middle['form']}" if middle["tokens"] else ""
-        return (
-            f"ADMSKVCache({what['tokens_seen']} tokens seen, {what['batch_size']} row(s): "
-            f"sink {what['sink']['tokens']} | middle {middle['tokens']}{form} | "
-            f"recent {what['recent']['tokens']}; {what['nbytes']:,} of at most "
-            f"{what['max_nbytes']:,} bytes)"
-        )
+        return in_one_line(self)
 
     # --- transformers' contract ------------------------------------------------------------------
 
@@ -639,6 +553,14 @@ class ADMSKVCache(Cache):
                 layer.reorder_cache(rows)
             self.timeline = timeline.of_rows(order)
             self._broken = False
+            self.lay_together()
+
+    def lay_together(self) -> None:
+        """Has layers that are alike lie side by side before anything is captured of their places.
+
+        A commit would see to it too.
+        """
+        lay_together([layer for layer in self.layers if isinstance(layer, ADMSLayer)])
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Rows in the order of ``beam_idx`` ``[B]`` (beam search)."""

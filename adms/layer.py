@@ -1,4 +1,4 @@
-"""``ADMSLayer``: one attention layer's tiers, and its part of a pass and of a commit.
+"""``ADMSLayer``: one attention layer's tiers, and its part of a pass.
 
 Shapes: ``B`` rows, ``K`` KV heads, ``Q`` new tokens, ``D``/``E`` head sizes of keys/values.
 """
@@ -11,11 +11,8 @@ from transformers.cache_utils import CacheLayerMixin
 from adms.entries import Entries, TokenShape
 from adms.errors import ADMSValueError
 from adms.positions import ForwardView
-from adms.tiers.candidates import Candidates, settle
-from adms.tiers.exact import ExactTier, Moves, keep_overwritten, leaving_entries, write_moves
-from adms.tiers.middle import MiddleTier, Write
-from adms.tiers.undo import Undo
-from adms.timeline import Timeline
+from adms.tiers.exact import ExactTier
+from adms.tiers.middle import MiddleTier
 
 if TYPE_CHECKING:
     from adms.cache import ADMSKVCache
@@ -150,41 +147,6 @@ class ADMSLayer(CacheLayerMixin):
         """Forgets what was kept aside."""
         self.staged = self.queries = self.finite = self.recent_mass = None
 
-    def prepare(self, moves: Moves, totals: list[int], recent: "RecentWindow") -> "LayerCommit":
-        """Works out this layer's part of a commit without changing anything."""
-        if self.exact is None:
-            raise RuntimeError("a commit without tiers")
-        leaving = None
-        writes: list[Write] = []
-        candidates: list[Candidates] = []
-        if moves.num_leaving:
-            leaving = leaving_entries(self.exact, self.staged, moves)
-            if self.middle is not None and any(moves.middle_count):
-                writes, candidates = self.middle.prepare(
-                    leaving,
-                    moves.middle_start,
-                    moves.middle_count,
-                    totals,
-                    self.cache.sizes.sink,
-                    lambda row: recent.entries(self, row),
-                    self.queries,
-                )
-        return LayerCommit(leaving, writes, candidates)
-
-    def keep_overwritten(self, commit: "LayerCommit", moves: Moves, undo: Undo) -> None:
-        """Keeps what ``apply`` will overwrite."""
-        if self.exact is not None:
-            keep_overwritten(self.exact, commit.leaving, self.staged, moves, undo)
-        if self.middle is not None:
-            self.middle.keep_overwritten(commit.writes, undo)
-
-    def apply(self, commit: "LayerCommit", moves: Moves) -> None:
-        """Puts a prepared commit in place."""
-        if self.exact is not None:
-            write_moves(self.exact, commit.leaving, self.staged, moves)
-        if self.middle is not None:
-            self.middle.apply(commit.writes)
-
     # --- transformers' contract ------------------------------------------------------------------
 
     def tensors(self) -> list[torch.Tensor]:
@@ -257,64 +219,3 @@ def _moved(tensor: torch.Tensor, change: Any) -> torch.Tensor:
     if after.shape == tensor.shape and after.device == tensor.device:
         return tensor.copy_(after)
     return after
-
-
-class LayerCommit:
-    """One layer's part of a commit: what leaves, bytes to write, and who could be a landmark."""
-
-    def __init__(
-        self, leaving: Entries | None, writes: list[Write], candidates: list[Candidates]
-    ) -> None:
-        self.leaving = leaving
-        self.writes = writes
-        self.candidates = candidates
-
-
-def settle_landmarks(layers: list[ADMSLayer], commits: list[LayerCommit]) -> None:
-    """Chooses the landmarks of all layers together and adds the bytes that hold them."""
-    asked = [
-        (layer.middle, commit)
-        for layer, commit in zip(layers, commits, strict=True)
-        if layer.middle is not None and commit.candidates
-    ]
-    if not asked:
-        return
-    counts = [middle.plan.geometry.landmarks for middle, _ in asked]
-    settle([commit.candidates for _, commit in asked], counts, asked[0][0].plan.config)
-    for middle, commit in asked:
-        commit.writes += middle.landmark_writes(commit.candidates)
-
-
-class RecentWindow:
-    """The tokens of a pass and of the ring that stay, as further material for a fit."""
-
-    def __init__(
-        self,
-        timeline: Timeline,
-        written: list[int],
-        columns: list[list[int]],
-        evicted_after: list[int],
-    ) -> None:
-        """Args are per row: tokens in the ring, the pass's columns, and what will have left."""
-        self.timeline = timeline
-        self.written = written
-        self.columns = columns
-        self.evicted_after = evicted_after
-
-    def entries(self, layer: ADMSLayer, row: int) -> Entries:
-        """One row's exact tokens after those that leave, in order: ``[1, K, N, ...]``."""
-        if layer.exact is None:
-            raise RuntimeError("a layer without tiers was asked for its window")
-        sizes, device = self.timeline.sizes, layer.exact.keys.device
-        written = self.written[row]
-        # A pass longer than the window may push out tokens of its own: none of the ring stays.
-        tokens = torch.arange(min(self.evicted_after[row], written), written, device=device)
-        slots = sizes.sink + tokens % sizes.ring
-        keys = layer.exact.keys[row : row + 1, :, slots]
-        values = layer.exact.values[row : row + 1, :, slots]
-        if layer.staged is not None:
-            first = max(0, self.evicted_after[row] - self.timeline.seen[row])
-            columns = torch.tensor(self.columns[row][first:], device=device)
-            keys = torch.cat([keys, layer.staged.keys[row : row + 1, :, columns]], dim=2)
-            values = torch.cat([values, layer.staged.values[row : row + 1, :, columns]], dim=2)
-        return Entries(keys, values)

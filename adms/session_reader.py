@@ -187,6 +187,7 @@ class SessionReader:
             except ADMSValueError as error:
                 raise self.misfit(str(error)) from error
         cache.timeline = timeline
+        cache.lay_together()
 
     def _timeline(self, sizes: Sizes, block: int) -> Timeline | None:
         stored = self.get("timeline", dict)

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 import adms
+import adms.commit
 from adms.compressors.low_rank import LowRankCoder
 from adms.layer import ADMSLayer
-from adms.tiers.middle import MiddleTier
+from adms.tiers.coding import MiddleStack
 from adms.tiers.undo import Undo
+from adms.timeline import Timeline
 from tests.patches.tiny import WINDOWED, ids, tiny
 from tests.test_session import CODED, llama, run, text
 
@@ -73,28 +75,43 @@ ERRORS = [
 @pytest.mark.parametrize("age", AGES)
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize(
-    ("owner", "name"),
+    ("owner", "name", "together", "after"),
     [
-        (LowRankCoder, "fit"),
-        (LowRankCoder, "encode"),
-        (LowRankCoder, "decode"),
-        (MiddleTier, "prepare"),
-        (MiddleTier, "apply"),
-        (ADMSLayer, "update"),
-        (ADMSLayer, "apply"),
+        (LowRankCoder, "fit", 1024, 1),
+        (LowRankCoder, "decode", 1024, 1),
+        (ADMSLayer, "update", 1024, 1),
+        # Layer by layer: the first one was through already.
+        (LowRankCoder, "encode", 1, 1),
+        (MiddleStack, "prepare", 1, 1),
+        (MiddleStack, "apply", 1, 1),
+        (adms.commit, "write_moves", 1, 1),
+        # All at once: parts of every layer are in place already.
+        (LowRankCoder, "encode", 1024, 0),
+        (MiddleStack, "apply", 1024, 0),
+        (Timeline, "after", 1024, 0),
     ],
 )
-def test_an_error_in_the_second_layer(
-    owner: Any, name: str, error: BaseException, age: int, monkeypatch: pytest.MonkeyPatch
+def test_an_error_half_way(
+    owner: Any,
+    name: str,
+    together: int,
+    after: int,
+    error: BaseException,
+    age: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The first layer was through already, and must be put back."""
+    """What was done already must be put back."""
+    monkeypatch.setattr(adms.commit, "TOKENS_TOGETHER", together)
     model = llama()
+    if owner is Timeline:
+        # Else the passes that fit the code to the model fail first.
+        aged(model, 200)
     cache, twin = aged(model, age)
     fresh = text(1 if name == "update" else 32, seed=5)
     before = state(cache)
     wanted = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else adms.ForwardError
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, failing(getattr(owner, name), error, after=1))
+        patch.setattr(owner, name, failing(getattr(owner, name), error, after=after))
         try:
             run(model, fresh, cache)
         except wanted as raised:
@@ -106,9 +123,9 @@ def test_an_error_in_the_second_layer(
             run(model, fresh, twin)
             before = state(cache)
     # A single token passes through a free slot, which nothing reads afterwards.
-    after = state(cache) if fresh.shape[1] > 1 else before
-    assert len(before) == len(after)
-    for old, new in zip(before, after, strict=True):
+    now = state(cache) if fresh.shape[1] > 1 else before
+    assert len(before) == len(now)
+    for old, new in zip(before, now, strict=True):
         assert torch.equal(old, new) if isinstance(old, torch.Tensor) else old == new
     goes_on(model, cache, twin)
 
@@ -130,6 +147,8 @@ def test_a_long_call_keeps_the_chunks_before_the_fault(monkeypatch: pytest.Monke
 
 OWN_FILES = (
     "adms/cache.py",
+    "adms/commit.py",
+    "adms/stack.py",
     "adms/layer.py",
     "adms/streaming.py",
     "adms/tiers/",
@@ -236,7 +255,7 @@ def test_an_update_that_cannot_be_undone(monkeypatch: pytest.MonkeyPatch) -> Non
     model = llama()
     cache, _ = aged(model, 200)
     with monkeypatch.context() as patch:
-        patch.setattr(MiddleTier, "apply", failing(MiddleTier.apply, MemoryError("1"), after=1))
+        patch.setattr(MiddleStack, "apply", failing(MiddleStack.apply, MemoryError("1"), after=0))
         patch.setattr(Undo, "restore", failing(Undo.restore, MemoryError("2"), after=0))
         with pytest.raises(adms.ForwardError):
             run(model, text(32), cache)

@@ -10,7 +10,7 @@ keys/values.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,7 @@ class Coder(ABC):
         entries_per_record: entries that a record decodes to.
         fit_tokens: most tokens that ``fit`` makes use of.
         uses_queries: whether ``fit`` or ``encode`` makes use of queries.
+        is_stackable: whether ``stacked`` can be used.
     """
 
     header_bytes: int = 0
@@ -87,6 +88,17 @@ class Coder(ABC):
     entries_per_record: int = 1
     fit_tokens: int = 512
     uses_queries: bool = False
+    is_stackable: bool = False
+
+    def stacked(self, coders: "Sequence[Coder]") -> "Coder":
+        """One coder for the rows of several layers.
+
+        Its rows are those of the first layer, then those of the second, and so on, as many of each.
+
+        Args:
+            coders: one per layer, of this kind and with the same layout.
+        """
+        return self
 
     @property
     def capacity(self) -> int:
@@ -152,6 +164,8 @@ class Coder(ABC):
 
 class RawCoder(Coder):
     """Tokens as they are, in their own dtype: the middle before it has to compress."""
+
+    is_stackable = True
 
     def __init__(self, shape: TokenShape, dtype: torch.dtype, num_records: int) -> None:
         self.shape = shape
@@ -310,16 +324,18 @@ def as_bytes(states: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(data: torch.Tensor, *layout: tuple[torch.dtype, tuple[int, ...]]) -> list[torch.Tensor]:
-    """Takes back what ``pack`` put together: a tensor ``[B, *shape]`` per ``(dtype, shape)``."""
+    """Takes back what ``pack`` put together: a tensor ``[B, *shape]`` per ``(dtype, shape)``.
+
+    Views of ``data`` where its places allow it.
+    """
     result, start = [], 0
     for dtype, shape in layout:
-        size = dtype.itemsize
-        for extent in shape:
-            size *= extent
-        part: Any = data[:, start : start + size].reshape(-1)
-        if part.storage_offset() % dtype.itemsize:
-            # A single row is no copy wherever it starts, but a wider type needs an even start.
-            part = part.clone()
-        result.append(part.view(dtype).view(data.shape[0], *shape))
+        size = dtype.itemsize * torch.Size(shape).numel()
+        part: Any = data[:, start : start + size]
+        places = (part.storage_offset(), part.stride(0))
+        if part.stride(1) != 1 or any(place % dtype.itemsize for place in places):
+            # A wider type needs an even start in every row.
+            part = part.clone(memory_format=torch.contiguous_format)
+        result.append(part.view(dtype).unflatten(1, shape))
         start += size
     return result

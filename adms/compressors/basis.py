@@ -1,12 +1,12 @@
 """The transform of ``low_rank``: where the directions come from, and the way there and back.
 
 Shapes: ``B`` rows, ``N`` tokens, ``J`` channels over all heads, ``S`` blocks of heads with a basis
-each, ``C`` coded channels of a block.
+each, ``C`` coded channels of a block, ``L`` layers, each with as many rows, one after the other.
 """
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
@@ -28,39 +28,16 @@ GAIN_ZERO = 128
 HALF_LIMIT = 6.0e4
 
 
-@dataclass
-class Transform:
-    """Keys or values of some rows to channels of unit variance and back.
+def split_gain(channels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Channels ``[B, N, C]`` of a size of one, and the byte ``[B, N, 1]`` that says what it was."""
+    power = channels.square().mean(2, keepdim=True).sqrt().clamp(min=1e-6)
+    step = (power.log2() * GAIN_STEPS).round().clamp(-GAIN_ZERO, 255 - GAIN_ZERO)
+    return channels / torch.exp2(step / GAIN_STEPS), (step + GAIN_ZERO).to(torch.uint8)
 
-    Attributes:
-        mean: ``[B, J]``.
-        analysis: ``[B, S, C, J / S]`` its rows give the channels of a block, before scaling.
-        synthesis: ``[B, S, C, J / S]`` what each channel adds.
-        deviation: ``[B, S * C]`` standard deviations of the channels.
-    """
 
-    mean: torch.Tensor
-    analysis: torch.Tensor
-    synthesis: torch.Tensor
-    deviation: torch.Tensor
-
-    def project(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Channels ``[B, N, S * C]`` and the gain's byte ``[B, N, 1]`` of ``[B, N, J]``."""
-        blocks = (states - self.mean[:, None]).unflatten(2, (self.analysis.shape[1], -1))
-        channels = torch.einsum("bnsj,bscj->bnsc", blocks, self.analysis).flatten(2)
-        channels = channels / self.deviation[:, None]
-        power = channels.square().mean(2, keepdim=True).sqrt().clamp(min=1e-6)
-        step = (power.log2() * GAIN_STEPS).round().clamp(-GAIN_ZERO, 255 - GAIN_ZERO)
-        gain = (step + GAIN_ZERO).to(torch.uint8)
-        return channels / torch.exp2(step / GAIN_STEPS), gain
-
-    def restore(self, channels: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-        """The inverse of ``project`` up to what was not coded: ``[B, N, J]``."""
-        factor = torch.exp2((gain.float() - GAIN_ZERO) / GAIN_STEPS)
-        blocks = self.synthesis.shape[1]
-        scaled = self.synthesis * self.deviation.unflatten(1, (blocks, -1))[..., None]
-        parts = (channels * factor).unflatten(2, (blocks, -1))
-        return torch.einsum("bnsc,bscj->bnsj", parts, scaled).flatten(2) + self.mean[:, None]
+def with_gain(channels: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    """The inverse of ``split_gain``."""
+    return channels * torch.exp2((gain.float() - GAIN_ZERO) / GAIN_STEPS)
 
 
 class Basis(ABC):
@@ -79,8 +56,21 @@ class Basis(ABC):
         """The header's parts from tokens ``[N, J]``; the last are the channels' deviations."""
 
     @abstractmethod
-    def read(self, parts: list[torch.Tensor]) -> Transform:
-        """The transform of header parts, a row each."""
+    def analyse(self, parts: list[torch.Tensor], states: torch.Tensor) -> torch.Tensor:
+        """Channels of unit variance ``[B, N, S * C]`` of states ``[B, N, J]``.
+
+        Args:
+            parts: of the header, a row each.
+            states: float32.
+        """
+
+    @abstractmethod
+    def synthesise(self, parts: list[torch.Tensor], channels: torch.Tensor) -> torch.Tensor:
+        """The inverse of ``analyse`` up to what was not coded: ``[B, N, J]``."""
+
+    def stacked(self, bases: "Sequence[Basis]") -> "Basis":
+        """One for the rows of several layers, ``bases`` in turn; they have one layout."""
+        return self
 
     def query_power(self, device: torch.device) -> torch.Tensor | None:
         """Mean squares ``[J]`` of the queries that will read keys, or None if nobody knows."""
@@ -129,11 +119,16 @@ class FittedBasis(Basis):
         order = deviation.float().argsort(descending=True, stable=True)
         return mean, stored[order], scale[order], deviation[order]
 
-    def read(self, parts: list[torch.Tensor]) -> Transform:
+    def analyse(self, parts: list[torch.Tensor], states: torch.Tensor) -> torch.Tensor:
         """One block over all heads."""
         mean, stored, scale, deviation = (part.float() for part in parts)
-        basis = (stored * scale[..., None])[:, None]
-        return Transform(mean, basis, basis, deviation)
+        centred = states - mean[:, None]
+        return centred @ (stored * scale[..., None]).transpose(1, 2) / deviation[:, None]
+
+    def synthesise(self, parts: list[torch.Tensor], channels: torch.Tensor) -> torch.Tensor:
+        """One block over all heads."""
+        mean, stored, scale, deviation = (part.float() for part in parts)
+        return channels @ (stored * scale[..., None] * deviation[..., None]) + mean[:, None]
 
     def projection(
         self, parts: list[torch.Tensor], gain_start: int, dtype: torch.dtype
@@ -148,7 +143,7 @@ class SharedBasis(Basis):
     """The model's own (``adms.calibration``); the header says which channels are the strongest.
 
     Args:
-        calibration: the layer's.
+        calibrations: the layer's, or one for each of several layers.
         name: ``key`` or ``value``.
         blocks: blocks of heads (``S``).
         width: channels before the transform (``J``), of all blocks.
@@ -156,11 +151,17 @@ class SharedBasis(Basis):
     """
 
     def __init__(
-        self, calibration: LayerCalibration, name: str, blocks: int, width: int, channels: int
+        self,
+        calibrations: Sequence[LayerCalibration],
+        name: str,
+        blocks: int,
+        width: int,
+        channels: int,
     ) -> None:
-        self.calibration = calibration
+        self.calibrations = calibrations
         self.name = name
         self.blocks = blocks
+        self.width = width
         self.channels = channels
         self.layout = (
             (torch.float16, (width,)),
@@ -168,15 +169,29 @@ class SharedBasis(Basis):
             (torch.float16, (channels,)),
         )
 
-    def _bases(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """All directions ``[S, J / S, J / S]`` and the channels' weights ``[S, 1, J / S]``."""
-        tensors = self.calibration.on(device)
-        basis = tensors[f"{self.name}_basis"].float()
-        basis = basis * tensors[f"{self.name}_scale"].float()[..., None]
-        weight = tensors.get(f"{self.name}_weight")
-        if weight is None:
-            return basis, basis.new_ones(1, 1, 1)
-        return basis, weight.float()[:, None]
+    def stacked(self, bases: "Sequence[Basis]") -> "Basis":
+        """One that keeps the layers' calibrations apart."""
+        own = [
+            one for basis in bases if isinstance(basis, SharedBasis) for one in basis.calibrations
+        ]
+        return SharedBasis(own, self.name, self.blocks, self.width, self.channels)
+
+    def _part(self, name: str, device: torch.device) -> torch.Tensor | None:
+        """One tensor of all layers ``[L, S, ...]``; a copy where they are several."""
+        parts = [one.on(device).get(f"{self.name}_{name}") for one in self.calibrations]
+        found = [part for part in parts if part is not None]
+        if not found:
+            return None
+        return found[0][None] if len(found) == 1 else torch.stack(found)
+
+    def _bases(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """All directions ``[L, S, J / S, J / S]``, the channels' weights ``[L, S, 1, J / S]``."""
+        stored, scale = self._part("basis", device), self._part("scale", device)
+        weight = self._part("weight", device)
+        if stored is None or scale is None:
+            raise RuntimeError("a calibration without a basis")
+        basis = stored.float() * scale.float()[..., None]
+        return basis, None if weight is None else weight.float()[:, :, None]
 
     def query_power(self, device: torch.device) -> torch.Tensor | None:
         """Of the queries seen by the calibration."""
@@ -185,29 +200,58 @@ class SharedBasis(Basis):
 
     def fit(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Mean, which channels of each block, their deviations."""
-        basis, weight = self._bases(states.device)
         mean = states.mean(0).half()
-        blocks = (states - mean.float()).unflatten(1, (self.blocks, -1)).transpose(0, 1)
-        deviation = _deviation((blocks * weight) @ basis.transpose(1, 2))
+        deviation = _deviation(self._every_channel((states - mean.float())[None])[0])
         order = deviation.float().argsort(dim=1, descending=True, stable=True)
         order = order[:, : self.channels // self.blocks]
         return mean, order.flatten().to(torch.int16), deviation.gather(1, order).flatten()
 
-    def read(self, parts: list[torch.Tensor]) -> Transform:
+    def _every_channel(self, centred: torch.Tensor) -> torch.Tensor:
+        """All channels of states ``[B, N, J]`` less their means: ``[B, S, N, J / S]``."""
+        basis, weight = self._bases(centred.device)
+        layers, rows, count = len(self.calibrations), *centred.shape[:2]
+        blocks = centred.unflatten(2, (self.blocks, -1)).unflatten(0, (layers, -1))
+        # All rows of a layer in one product: [L, S, B / L * N, J / S].
+        blocks = blocks.flatten(1, 2).transpose(1, 2)
+        if weight is not None:
+            blocks = blocks * weight
+        every = (blocks @ basis.transpose(2, 3)).unflatten(2, (rows // layers, count))
+        return every.transpose(1, 2).flatten(0, 1)
+
+    def analyse(self, parts: list[torch.Tensor], states: torch.Tensor) -> torch.Tensor:
+        """Each row's choice of the channels along all shared directions."""
+        mean, order, deviation = parts
+        every = self._every_channel(states - mean.float()[:, None])
+        index = order.long().unflatten(1, (self.blocks, 1, -1))
+        chosen = every.gather(3, index.expand(-1, -1, every.shape[2], -1))
+        return chosen.transpose(1, 2).flatten(2) / deviation.float()[:, None]
+
+    def synthesise(self, parts: list[torch.Tensor], channels: torch.Tensor) -> torch.Tensor:
         """Each row's choice of the shared directions."""
         mean, order, deviation = parts
         basis, weight = self._bases(mean.device)
         index = order.long().unflatten(1, (self.blocks, -1))
         block = torch.arange(self.blocks, device=mean.device)[:, None]
-        chosen = basis[block, index]
-        return Transform(mean.float(), chosen * weight, chosen / weight, deviation.float())
+        if len(self.calibrations) == 1:
+            chosen = basis[0][block, index]
+            chosen = chosen if weight is None else chosen / weight[0]
+        else:
+            layer = torch.arange(len(basis), device=mean.device)
+            layer = layer.repeat_interleave(len(index) // len(basis))[:, None, None]
+            chosen = basis[layer, block, index]
+            chosen = chosen if weight is None else chosen / weight[layer[:, 0, 0]]
+        scaled = chosen * deviation.float().unflatten(1, (self.blocks, -1))[..., None]
+        blocks = channels.unflatten(2, (self.blocks, -1))
+        return torch.einsum("bnsc,bscj->bnsj", blocks, scaled).flatten(2) + mean.float()[:, None]
 
     def projection(
         self, parts: list[torch.Tensor], gain_start: int, dtype: torch.dtype
     ) -> Projection:
         """Each row's choice of the shared directions, as integers where they have no weights."""
         mean, order, deviation = parts
-        tensors = self.calibration.on(mean.device)
+        if len(self.calibrations) > 1:
+            raise RuntimeError("kernels read one layer at a time")
+        tensors = self.calibrations[0].on(mean.device)
         index = order.long().unflatten(1, (self.blocks, -1))
         block = torch.arange(self.blocks, device=mean.device)[:, None]
         basis = tensors[f"{self.name}_basis"][block, index]
@@ -243,4 +287,4 @@ def basis_for(name: str, context: LayerContext, head_dim: int, rank: int | None)
     coded = max(GROUP, min(most, math.ceil(wanted / GROUP) * GROUP))
     if calibration is None:
         return FittedBasis(width, coded)
-    return SharedBasis(calibration, name, blocks, blocks * width, blocks * coded)
+    return SharedBasis((calibration,), name, blocks, blocks * width, blocks * coded)

@@ -38,9 +38,42 @@ def codebooks_on(device: torch.device) -> torch.Tensor:
     return shipped()[0].to(device)
 
 
-def nearest(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """Index of the nearest codeword: ``[..., 8]`` and ``[256, 8]`` -> ``[...]``."""
-    return _search(vectors, codebook, 1)[..., 0]
+@lru_cache(maxsize=8)
+def _half_norms_on(device: torch.device) -> torch.Tensor:
+    """Half the squared lengths of all codewords on a device, negative: ``[stages, 256]``."""
+    return -0.5 * shipped()[0].square().sum(-1).to(device)
+
+
+def residual_codes(vectors: torch.Tensor, stages: int | None = None) -> torch.Tensor:
+    """The codeword of each stage for what the stages before it left over.
+
+    Args:
+        vectors: ``[..., 8]`` float32, of unit variance.
+        stages: how many; all there are if None.
+
+    Returns:
+        ``[..., stages]`` indices (int64).
+    """
+    books, half_norms = codebooks_on(vectors.device), _half_norms_on(vectors.device)
+    codes = []
+    for book, half in zip(books[:stages], half_norms, strict=False):
+        index = nearest(vectors, book, half)
+        vectors = vectors - book[index]
+        codes.append(index)
+    return torch.stack(codes, dim=-1)
+
+
+def nearest(
+    vectors: torch.Tensor, codebook: torch.Tensor, half: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Index of the nearest codeword: ``[..., 8]`` and ``[256, 8]`` -> ``[...]``.
+
+    Args:
+        vectors: what is looked for.
+        codebook: the codewords.
+        half: minus half of their squared lengths ``[256]``, if they are known.
+    """
+    return _search(vectors, codebook, 1, half)[..., 0]
 
 
 def assign(vectors: torch.Tensor, kept: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
@@ -58,7 +91,7 @@ def assign(vectors: torch.Tensor, kept: torch.Tensor, most: torch.Tensor) -> tor
     Returns:
         ``[B, stages, G, N]`` uint8, zeros where a stage is not asked for.
     """
-    books = codebooks_on(vectors.device)
+    books, halves = codebooks_on(vectors.device), _half_norms_on(vectors.device)
     rows, groups, count = vectors.shape[:3]
     residual = vectors.clone(memory_format=torch.contiguous_format).flatten(0, 1)
     kept, most = kept.flatten(), most.flatten()
@@ -66,7 +99,8 @@ def assign(vectors: torch.Tensor, kept: torch.Tensor, most: torch.Tensor) -> tor
     for stage, book in enumerate(books):
         some = _asked(most > stage)
         left = residual[some]
-        index = nearest(left, book) if stage else _first_words(left, kept[some])
+        first = stage == 0
+        index = _first_words(left, kept[some]) if first else nearest(left, book, halves[stage])
         codes[stage, some] = index.to(torch.uint8)
         residual[some] = left - book[index]
     return codes.view(len(books), rows, groups, count).transpose(0, 1)
@@ -74,17 +108,20 @@ def assign(vectors: torch.Tensor, kept: torch.Tensor, most: torch.Tensor) -> tor
 
 def _first_words(vectors: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """``[R, N, 8]`` and ``[R]`` stages that count -> ``[R, N]``."""
-    books = codebooks_on(vectors.device)
-    index = nearest(vectors, books[0])
+    books, halves = codebooks_on(vectors.device), _half_norms_on(vectors.device)
     several = _asked(kept > 1)
-    starts = _search(vectors[several], books[0], STARTS)
-    left = vectors[several][:, :, None] - books[0][starts]
+    tried = vectors[several]
+    starts = _search(tried, books[0], STARTS, halves[0])
+    left = tried[:, :, None] - books[0][starts]
     best = starts[..., 0]
     for stage in range(1, JOINT_STAGES):
-        left = left - books[stage][nearest(left, books[stage])]
+        left = left - books[stage][nearest(left, books[stage], halves[stage])]
         chosen = left.square().sum(-1).argmin(-1, keepdim=True)
         deeper = (kept[several] > stage)[:, None]
         best = torch.where(deeper, starts.gather(-1, chosen)[..., 0], best)
+    if isinstance(several, slice):
+        return best
+    index = nearest(vectors, books[0], halves[0])
     index[several] = best
     return index
 
@@ -94,16 +131,22 @@ def _asked(mask: torch.Tensor) -> torch.Tensor | slice:
     return slice(None) if mask.is_cuda else mask.nonzero()[:, 0]
 
 
-def _search(vectors: torch.Tensor, codebook: torch.Tensor, count: int) -> torch.Tensor:
+def _search(
+    vectors: torch.Tensor, codebook: torch.Tensor, count: int, half: torch.Tensor | None = None
+) -> torch.Tensor:
     """Indices of the nearest codewords, nearest first: ``[..., 8]`` -> ``[..., count]``."""
+    if half is None:
+        half = -0.5 * codebook.square().sum(-1)
     flat = vectors.reshape(-1, GROUP)
-    half = 0.5 * codebook.square().sum(-1)
     if vectors.is_cuda:
-        parts = flat.split(SEARCHED_ON_DEVICE)
-        found = [(part @ codebook.T - half).topk(count, dim=1).indices for part in parts]
+        found = []
+        for part in flat.split(SEARCHED_ON_DEVICE):
+            scores = torch.addmm(half, part, codebook.T)
+            one = count == 1
+            found.append(scores.argmax(1, keepdim=True) if one else scores.topk(count).indices)
     else:
         parts = flat.split(SEARCHED_TOGETHER)
-        found = [_packed_search(part, codebook, POSITIVE - half, count) for part in parts]
+        found = [_packed_search(part, codebook, POSITIVE + half, count) for part in parts]
     return torch.cat(found).view(*vectors.shape[:-1], count)
 
 

@@ -15,6 +15,8 @@ Shapes: ``B`` rows, ``K`` KV heads, ``N`` tokens, ``J`` channels over all heads 
 ``K * E`` of values), ``C`` coded channels, ``G = C / 8`` groups, ``T`` bytes of a token.
 """
 
+import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,7 +29,7 @@ from adms.compressors.base import (
     register_compressor,
     unpack,
 )
-from adms.compressors.basis import GAIN_STEPS, Transform, basis_for
+from adms.compressors.basis import GAIN_STEPS, basis_for, split_gain, with_gain
 from adms.compressors.codebooks import GROUP, WORDS, assign, codebooks_on, shipped
 from adms.compressors.quantized import DEFAULT_STAGES, QuantizedCoder
 from adms.compressors.tables import CodeTables, views
@@ -57,6 +59,8 @@ MOST_WEIGHT = 0.5
 
 class LowRankCoder(Coder):
     """See the module; made by ``LowRank.bind``."""
+
+    is_stackable = True
 
     def __init__(
         self,
@@ -94,6 +98,14 @@ class LowRankCoder(Coder):
         left = max(0, nbytes - self.header_bytes)
         self.num_coarse = int(left * coarse_share) // self.coarse_bytes
         self.num_records = (left - self.num_coarse * self.coarse_bytes) // self.record_bytes
+
+    def stacked(self, coders: Sequence[Coder]) -> Coder:
+        """One that applies each layer's own basis to its rows."""
+        own = [coder for coder in coders if isinstance(coder, LowRankCoder)]
+        twin = copy.copy(self)
+        twin.keys = self.keys.stacked([coder.keys for coder in own])
+        twin.values = self.values.stacked([coder.values for coder in own])
+        return twin
 
     # --- fitting -----------------------------------------------------------------------------
 
@@ -157,12 +169,11 @@ class LowRankCoder(Coder):
 
     def _read(
         self, header: torch.Tensor
-    ) -> tuple[Transform, Transform, torch.Tensor, torch.Tensor]:
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor]:
+        """Parts of the keys' and the values' basis, and the allocation."""
         parts = unpack(header, *self.layout)
         split = len(self.keys.layout)
-        for_keys = self.keys.read(parts[:split])
-        for_values = self.values.read(parts[split:-3])
-        return for_keys, for_values, parts[-2].long(), parts[-1].long()
+        return parts[:split], parts[split:-3], parts[-2].long(), parts[-1].long()
 
     # --- coding --------------------------------------------------------------------------------
 
@@ -171,8 +182,10 @@ class LowRankCoder(Coder):
     ) -> torch.Tensor:
         """Bytes ``[B, N, 2 + T]``: two gains, then all codes in the order of the allocation."""
         for_keys, for_values, group, stage = self._read(header)
-        key_channels, key_gain = for_keys.project(_flatten(entries.keys))
-        value_channels, value_gain = for_values.project(_flatten(entries.values))
+        key_channels, key_gain = split_gain(self.keys.analyse(for_keys, _flatten(entries.keys)))
+        value_channels, value_gain = split_gain(
+            self.values.analyse(for_values, _flatten(entries.values))
+        )
         channels = torch.cat([key_channels, value_channels], dim=2).unflatten(2, (-1, GROUP))
         count, groups = channels.shape[1:3]
         # A record's codes are the first of the allocation, and should be the best for its length.
@@ -188,8 +201,10 @@ class LowRankCoder(Coder):
         for_keys, for_values, group, stage = self._read(header)
         channels = self._channels(records[..., GAIN_BYTES:].long(), group, stage)
         split = self.keys.channels
-        keys = for_keys.restore(channels[..., :split], records[..., :1])
-        values = for_values.restore(channels[..., split:], records[..., 1:2])
+        keys = self.keys.synthesise(for_keys, with_gain(channels[..., :split], records[..., :1]))
+        values = self.values.synthesise(
+            for_values, with_gain(channels[..., split:], records[..., 1:2])
+        )
         heads = self.shape.num_heads
         weight = self.log_weight(header, records.shape[2])
         return Entries(

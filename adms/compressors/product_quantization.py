@@ -28,6 +28,8 @@ ITERATIONS = 12
 class PQCoder(Coder):
     """See the module; made by ``PQ.bind``."""
 
+    is_stackable = True
+
     def __init__(self, context: LayerContext, nbytes: int, config: "ADMSConfig") -> None:
         self.shape = shape = context.shape
         self.dtype = context.dtype

@@ -20,7 +20,7 @@ from adms.compressors.base import (
     register_compressor,
     unpack,
 )
-from adms.compressors.codebooks import GROUP, WORDS, codebooks_on, nearest
+from adms.compressors.codebooks import GROUP, WORDS, codebooks_on, residual_codes
 from adms.compressors.tables import CodeTables, Projection, views
 from adms.entries import Entries, TokenShape
 
@@ -51,6 +51,8 @@ class QuantizedCoder(Coder):
         nbytes: bytes for header and records; or give ``num_records``.
         num_records: tokens to hold.
     """
+
+    is_stackable = True
 
     def __init__(
         self,
@@ -131,12 +133,7 @@ class QuantizedCoder(Coder):
         gain = centred.square().mean(3, keepdim=True).sqrt().clamp(1e-6, 6e4).half()
         residual = torch.nn.functional.pad(centred / gain.float(), (0, -size % GROUP))
         residual = residual.unflatten(3, (-1, GROUP))
-        codes = []
-        for book in codebooks_on(states.device)[: self.stages]:
-            index = nearest(residual, book)
-            residual = residual - book[index]
-            codes.append(index)
-        code = torch.stack(codes, dim=-1).to(torch.uint8).flatten(3)
+        code = residual_codes(residual, self.stages).to(torch.uint8).flatten(3)
         record = torch.cat([code, gain.view(torch.uint8)], dim=3)
         return record.transpose(1, 2).flatten(2)
 

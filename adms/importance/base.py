@@ -46,7 +46,8 @@ class Evidence:
         return self.decode()
 
 
-# Entries and evidence -> scores [B, N], higher is more important.
+# Entries and evidence -> scores [B, N], higher is more important. Rows know nothing of each other:
+# they are those of a batch, of several layers, or single heads.
 Metric = Callable[[Entries, Evidence], torch.Tensor]
 
 METRICS: Registry[Metric] = Registry("importance metric")

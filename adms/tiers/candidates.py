@@ -6,7 +6,7 @@ scores what arrives, its scores are brought to its own scale, and their mean dec
 is of little use without those around it that lead to it, so scores are averaged over neighbours
 (cf. the pooling of SnapKV, Li et al., 2024, arXiv 2404.14469).
 
-Shapes: ``B`` rows, ``N`` arriving tokens, ``L`` landmarks.
+Shapes: ``L`` layers, ``B`` rows, ``N`` arriving tokens, ``M`` landmarks.
 """
 
 from collections.abc import Sequence
@@ -24,14 +24,15 @@ NEIGHBOURS = 5
 
 @dataclass
 class Candidates:
-    """What arrives in one layer and could stay as a landmark.
+    """What arrives in layers that are alike and could stay as a landmark.
 
     Attributes:
         rows: rows of the batch that these are of.
-        records: ``[B, N, bytes]`` the tokens in the form of landmarks.
+        records: ``[L, B, N, bytes]`` the tokens in the form of landmarks.
         tokens: ``[B, N]`` text positions, -1 where a row has fewer tokens.
-        scores: ``[B, N]`` importance on the layer's own scale.
-        present: the landmarks there are; None where there are none yet.
+        scores: ``[L, B, N]`` importance on each layer's own scale.
+        present: the landmarks there are, whose records are ``[L, B, M, bytes]``; None where there
+            are none yet.
     """
 
     rows: list[int]
@@ -41,19 +42,19 @@ class Candidates:
     present: Landmarks | None
 
 
-def settle(layers: Sequence[list[Candidates]], counts: list[int], config: ADMSConfig) -> None:
-    """Replaces each layer's candidates by what is to be its landmarks from now on.
+def settle(parts: Sequence[list[Candidates]], counts: list[int], config: ADMSConfig) -> None:
+    """Replaces candidates by what is to be the landmarks from now on.
 
     Args:
-        layers: per layer, candidates of the same groups of rows in the same order. Afterwards
-            ``present`` holds the landmarks.
-        counts: per layer, how many landmarks it has room for.
+        parts: candidates of all layers, some layers at a time; each has the same groups of rows in
+            the same order. Afterwards ``present`` holds the landmarks.
+        counts: for each part, how many landmarks its layers have room for.
         config: how places are spread over the text.
     """
-    for group in zip(*layers, strict=True):
+    for group in zip(*parts, strict=True):
         first = group[0]
         device = first.scores.device
-        scores = torch.stack([part.scores.to(device) for part in group]).mean(0)
+        scores = torch.cat([part.scores.to(device) for part in group]).mean(0)
         scores = smoothed(scores, first.tokens >= 0)
         choices: dict[tuple[int, torch.device], tuple[torch.Tensor, Landmarks]] = {}
         for candidates, count in zip(group, counts, strict=True):
@@ -69,7 +70,7 @@ def choose(
     """The landmarks of rows that decide by themselves, the foremost choice first.
 
     Args:
-        candidates: what arrives, and what is there.
+        candidates: what arrives, and what is there; its tensors are without layers.
         count: landmarks to give for each row.
         config: how places are spread over the text.
         limits: ``[B]`` how many of them a row has room for.
@@ -78,15 +79,15 @@ def choose(
 
 
 def _taken(candidates: Candidates, chosen: torch.Tensor, landmarks: Landmarks) -> Landmarks:
-    """Landmarks with the records of one layer, by the choice that was made for all."""
+    """Landmarks with each layer's own records, by the choice ``[B, M]`` that was made for all."""
     records = candidates.records
     if candidates.present is not None:
-        records = torch.cat([candidates.present.records, records], dim=1)
-    missing = chosen.shape[1] - records.shape[1]
+        records = torch.cat([candidates.present.records, records], dim=-2)
+    missing = chosen.shape[1] - records.shape[-2]
     if missing > 0:
         records = torch.nn.functional.pad(records, (0, 0, 0, missing))
     own = torch.arange(chosen.shape[0], device=chosen.device)[:, None]
-    return Landmarks(records[own, chosen], landmarks.tokens, landmarks.scores)
+    return Landmarks(records[..., own, chosen, :], landmarks.tokens, landmarks.scores)
 
 
 def smoothed(scores: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
@@ -103,7 +104,7 @@ def _choose(
     config: ADMSConfig,
     limits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Landmarks]:
-    """Which of the present and the arriving stay ``[B, L]``, and their tokens and scores."""
+    """Which of the present and the arriving stay ``[B, M]``, and their tokens and scores."""
     tokens = candidates.tokens
     if candidates.present is not None:
         tokens = torch.cat([candidates.present.tokens, tokens], dim=1)
@@ -121,7 +122,7 @@ def _choose(
         limits=limits,
     )
     landmarks = Landmarks(
-        records=candidates.records[:, :0],
+        records=candidates.records[..., :0, :],
         tokens=tokens.gather(1, chosen),
         scores=scores.gather(1, chosen),
     )

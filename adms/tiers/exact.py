@@ -1,7 +1,7 @@
 """The exact tiers: sinks and the ring of recent tokens, one buffer ``[sink | ring]`` per layer.
 
-Shapes: ``B`` rows, ``K`` KV heads, ``S`` sink slots, ``C`` ring slots, ``D``/``E`` head sizes,
-``M`` moves (one per token that changes its place).
+Shapes: ``L`` layers, ``B`` rows, ``K`` KV heads, ``S`` sink slots, ``C`` ring slots, ``D``/``E``
+head sizes, ``M`` moves (one per token that changes its place).
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ class ExactTier:
     """Keys (before positions) and values of sinks and recent tokens, allocated once.
 
     Attributes:
-        keys: ``[B, K, S + C, D]``.
-        values: ``[B, K, S + C, E]``.
+        keys: ``[B, K, S + C, D]``; a commit looks at those of several layers, ``[L, B, ...]``.
+        values: ``[B, K, S + C, E]``, likewise.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -150,16 +150,22 @@ def plan_moves(
 
 
 def leaving_entries(tier: ExactTier, staged: Entries | None, moves: Moves) -> Entries:
-    """Exact keys and values ``[B, K, num_leaving, ...]`` of the tokens that leave."""
+    """Exact keys and values ``[L, B, K, num_leaving, ...]`` of the tokens that leave.
+
+    Args:
+        tier: of all layers, ``[L, B, ...]``.
+        staged: the pass's tokens ``[L, B, ...]``, if they are kept aside.
+        moves: where tokens go.
+    """
 
     def gather(ring: torch.Tensor, fresh: torch.Tensor | None) -> torch.Tensor:
-        rows = torch.arange(ring.shape[0], device=ring.device)[:, None]
-        held = ring[rows, :, moves.ring_slots]
+        rows = torch.arange(ring.shape[1], device=ring.device)[:, None]
+        held = ring[:, rows, :, moves.ring_slots]
         if fresh is not None:
-            held = torch.where(
-                moves.from_ring[..., None, None], held, fresh[rows, :, moves.columns]
-            )
-        return held.transpose(1, 2)
+            from_ring = moves.from_ring[..., None, None, None]
+            held = torch.where(from_ring, held, fresh[:, rows, :, moves.columns])
+        # [B, N, L, K, D], since indices that stand apart come first.
+        return held.permute(2, 0, 3, 1, 4)
 
     return Entries(
         gather(tier.keys, None if staged is None else staged.keys),
@@ -170,15 +176,15 @@ def leaving_entries(tier: ExactTier, staged: Entries | None, moves: Moves) -> En
 def write_moves(
     tier: ExactTier, leaving: Entries | None, staged: Entries | None, moves: Moves
 ) -> None:
-    """Writes new sinks and the pass's remaining tokens into the buffer."""
+    """Writes new sinks and the pass's remaining tokens into the buffers ``[L, B, ...]``."""
     if leaving is not None and len(moves.sink_rows):
         rows, index, slots = moves.sink_rows, moves.sink_index, moves.sink_slots
-        tier.keys[rows, :, slots] = leaving.keys[rows, :, index]
-        tier.values[rows, :, slots] = leaving.values[rows, :, index]
+        tier.keys[:, rows, :, slots] = leaving.keys[:, rows, :, index]
+        tier.values[:, rows, :, slots] = leaving.values[:, rows, :, index]
     if staged is not None and len(moves.stay_rows):
         rows, columns, slots = moves.stay_rows, moves.stay_columns, moves.stay_slots
-        tier.keys[rows, :, slots] = staged.keys[rows, :, columns]
-        tier.values[rows, :, slots] = staged.values[rows, :, columns]
+        tier.keys[:, rows, :, slots] = staged.keys[:, rows, :, columns]
+        tier.values[:, rows, :, slots] = staged.values[:, rows, :, columns]
 
 
 def keep_overwritten(
@@ -187,6 +193,6 @@ def keep_overwritten(
     """Keeps what ``write_moves`` with the same arguments overwrites."""
     for part in tier.tensors():
         if leaving is not None and len(moves.sink_rows):
-            undo.keep(part, moves.sink_rows, slice(None), moves.sink_slots)
+            undo.keep(part, slice(None), moves.sink_rows, slice(None), moves.sink_slots)
         if staged is not None and len(moves.stay_rows):
-            undo.keep(part, moves.stay_rows, slice(None), moves.stay_slots)
+            undo.keep(part, slice(None), moves.stay_rows, slice(None), moves.stay_slots)

@@ -1,0 +1,460 @@
+"""How tokens enter the middle: what arrives becomes bytes, for several layers at once.
+
+Layers that are alike are coded together: their rows are to a coder what the rows of one layer are,
+and where a token's bytes go is the same in all of them. Everything is worked out first and written
+afterwards, so that an error changes nothing. Only the step from exact to coded, once in a row's
+life, is made layer by layer.
+
+Nothing here waits for a device: what the host knows is sent there without waiting.
+
+Shapes: ``L`` layers, ``B`` rows, ``K`` KV heads, ``N`` arriving tokens, ``M`` places that are
+written, ``Q`` queries, ``D``/``E`` head sizes of keys/values.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from adms.compressors.base import Coder
+from adms.entries import Entries
+from adms.importance import Evidence
+from adms.tiers.candidates import Candidates
+from adms.tiers.head_landmarks import Arriving, HeadLandmarkStore
+from adms.tiers.landmarks import Landmarks, LandmarkStore
+from adms.tiers.middle import MiddlePlan, MiddleTier, join_entries
+from adms.tiers.undo import Undo
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """Which tokens enter the middle in a commit; the same for every layer.
+
+    Attributes:
+        starts: per row, the first of the leaving tokens that enters.
+        counts: per row, how many do.
+        totals: tokens that have entered before, per row.
+        sink: number of sinks (turns middle token numbers into text positions).
+    """
+
+    starts: list[int]
+    counts: list[int]
+    totals: list[int]
+    sink: int
+
+
+@dataclass(frozen=True)
+class Write:
+    """Bytes to put in place once every layer has worked out its own.
+
+    Attributes:
+        rows: ``[M, 1]`` rows.
+        columns: ``[M, bytes]`` places in the row's bytes.
+        data: ``[L, M, bytes]``.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    data: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Rows that are coded in one go, and their tokens.
+
+    Attributes:
+        rows: their numbers.
+        index: the same on the device, or a slice where they are all rows.
+        tokens: ``[B, N]`` text positions, -1 where a row has fewer tokens than another.
+        entries: ``[L * B, K, N, ...]``.
+        queries: ``[L * B, H, Q, D]`` or None.
+    """
+
+    rows: list[int]
+    index: torch.Tensor | slice
+    tokens: torch.Tensor
+    entries: Entries
+    queries: torch.Tensor | None
+
+
+class MiddleStack:
+    """The middles of layers that are alike, as a commit sees them.
+
+    Args:
+        plans: of each layer, with one geometry and one layout.
+        arena: ``[L, B, bytes]``.
+    """
+
+    def __init__(self, plans: Sequence[MiddlePlan], arena: torch.Tensor) -> None:
+        self.plans = plans
+        self.plan = plans[0]
+        self.arena = arena
+        self.device = arena.device
+
+    def prepare(
+        self,
+        leaving: Entries,
+        arrivals: Arrivals,
+        recent: Callable[[int, int], Entries],
+        queries: torch.Tensor | None,
+    ) -> tuple[list[Write], list[Candidates]]:
+        """Works out what arriving tokens change, without changing anything.
+
+        The landmarks are settled over all layers before ``landmark_writes``.
+
+        Args:
+            leaving: tokens that leave the recent tier ``[L, B, K, N, ...]``, rows padded to the
+                longest.
+            arrivals: which of them enter.
+            recent: gives the exact tokens of the window ``[1, K, N, ...]`` of a layer (counted
+                within the stack) and a row, in order: more material for a fit.
+            queries: ``[L, B, H, Q, D]`` the pass's queries before positions, or None.
+        """
+        geometry = self.plan.geometry
+        stay_raw, stay_coded, turn = [], [], []
+        for row, (count, total) in enumerate(zip(arrivals.counts, arrivals.totals, strict=True)):
+            if count == 0:
+                continue
+            if not geometry.is_coded(total + count):
+                stay_raw.append(row)
+            elif geometry.is_coded(total):
+                stay_coded.append(row)
+            else:
+                turn.append(row)
+        writes: list[Write] = []
+        candidates: list[Candidates] = []
+        if stay_raw:
+            group = self._group(leaving, arrivals, stay_raw, None)
+            raw = self.plan.raw
+            records = self._by_layer(raw.encode(self._bytes(group, 0, 0), group.entries))
+            writes.append(self._ring_write(records, arrivals, stay_raw, raw, 0))
+        if stay_coded:
+            group = self._group(leaving, arrivals, stay_coded, queries)
+            writes += self._append(group, arrivals, candidates)
+        for row in turn:
+            writes += self._turn(leaving, arrivals, row, recent, queries, candidates)
+        return writes, candidates
+
+    def landmark_writes(self, candidates: list[Candidates]) -> list[Write]:
+        """Settled landmarks as bytes to put in place."""
+        writes = []
+        for settled in candidates:
+            if settled.present is None:
+                raise RuntimeError("landmarks were written before they were settled")
+            records, layers = settled.present.records, len(self.plans)
+            of_layers = Landmarks(
+                records.flatten(0, 1),
+                settled.present.tokens.repeat(layers, 1),
+                settled.present.scores.repeat(layers, 1),
+            )
+            data = self._by_layer(self._store.slots(of_layers))
+            writes.append(self._landmark_write(settled.rows, self._store.header_bytes, data))
+        return writes
+
+    def keep_overwritten(self, writes: list[Write], undo: Undo) -> None:
+        """Keeps what ``apply`` with the same writes overwrites."""
+        for write in writes:
+            undo.keep(self.arena, slice(None), write.rows, write.columns)
+
+    def apply(self, writes: list[Write]) -> None:
+        """Puts prepared bytes in place."""
+        for write in writes:
+            self.arena[:, write.rows, write.columns] = write.data
+
+    # --- rows that are coded -----------------------------------------------------------------
+
+    def _append(
+        self, group: _Group, arrivals: Arrivals, candidates: list[Candidates]
+    ) -> list[Write]:
+        """Codes of tokens that arrive where others are coded already."""
+        coder, store = self._coder, self.plan.store
+        header = self._bytes(group, 0, coder.header_bytes)
+        records = coder.encode(header, group.entries, group.queries)
+        writes = self._record_writes(self._by_layer(records), arrivals, group.rows)
+        if store is None:
+            return writes
+        start = self.plan.landmark_offset
+        present = self._bytes(group, start, start + store.nbytes)
+        landmark_header = present[:, : store.header_bytes]
+        if isinstance(store, HeadLandmarkStore):
+            arriving = _arriving(coder, header, records, group)
+            data = store.update(
+                landmark_header, present, arriving, self.plan.metric, self.plan.config
+            )
+            data = self._by_layer(data)
+            return [*writes, self._landmark_write(group.rows, store.header_bytes, data)]
+        evidence = _evidence(store, coder, header, records, landmark_header, group.queries)
+        scores = self.plan.metric(group.entries, evidence).float()
+        held = store.read(present)
+        candidates.append(
+            Candidates(
+                rows=group.rows,
+                records=self._by_layer(store.encode(landmark_header, group.entries, records)),
+                tokens=group.tokens,
+                scores=self._by_layer(store.scaled(landmark_header, scores)),
+                # Layers choose together, so what one has says which tokens all of them have.
+                present=Landmarks(
+                    self._by_layer(held.records),
+                    self._by_layer(held.tokens)[0],
+                    self._by_layer(held.scores)[0],
+                ),
+            )
+        )
+        return writes
+
+    # --- rows that turn from exact to coded --------------------------------------------------
+
+    def _turn(
+        self,
+        leaving: Entries,
+        arrivals: Arrivals,
+        row: int,
+        recent: Callable[[int, int], Entries],
+        queries: torch.Tensor | None,
+        candidates: list[Candidates],
+    ) -> list[Write]:
+        """One row's step from exact to coded, layer by layer."""
+        start, count = arrivals.starts[row], arrivals.counts[row]
+        total = arrivals.totals[row]
+        size = total + count
+        tokens = arrivals.sink + torch.arange(size, device=self.device)[None]
+        turned = []
+        for layer, plan in enumerate(self.plans):
+            part = (slice(layer, layer + 1), row, slice(None), slice(start, start + count))
+            arriving = Entries(leaving.keys[part], leaving.values[part])
+            held = MiddleTier(plan, self.arena[layer, row : row + 1]).read([total])
+            parts = [arriving] if held is None else [held, arriving]
+            own = None if queries is None else queries[layer, row : row + 1]
+            group = _Group([row], slice(None), tokens, join_entries(parts), own)
+            turned.append(_turned(plan, group, join_entries([*parts, recent(layer, row)])))
+        writes = [self._constant_write([row], 0, _stack([one.header for one in turned]))]
+        records = _stack([one.records for one in turned])
+        anew = Arrivals(arrivals.starts, [0] * row + [size], [0] * (row + 1), arrivals.sink)
+        writes += self._record_writes(records, anew, [row])
+        if self.plan.store is None:
+            return writes
+        landmarks = _stack([one.landmarks for one in turned])
+        writes.append(self._landmark_write([row], 0, landmarks))
+        if not isinstance(self.plan.store, HeadLandmarkStore):
+            arrived = [one.candidates for one in turned if one.candidates is not None]
+            candidates.append(
+                Candidates(
+                    rows=[row],
+                    records=torch.cat([one.records for one in arrived]),
+                    tokens=tokens,
+                    scores=torch.cat([one.scores for one in arrived]),
+                    present=None,
+                )
+            )
+        return writes
+
+    # --- where bytes go ----------------------------------------------------------------------
+
+    def _record_writes(
+        self, records: torch.Tensor, arrivals: Arrivals, rows: list[int]
+    ) -> list[Write]:
+        """Where new records ``[L, B, R, bytes]`` go, and whole ones they displace once cut."""
+        coder = self._coder
+        block, whole, cut = coder.block_tokens, coder.num_records, coder.num_coarse
+        records = records[..., : coder.record_bytes]
+        writes = [self._ring_write(records, arrivals, rows, coder, coder.header_bytes)]
+        if not cut:
+            return writes
+        cut_start = coder.header_bytes + whole * coder.record_bytes
+        displaced, passing = [], []
+        for index, row in enumerate(rows):
+            before, new = arrivals.totals[row] // block, arrivals.counts[row] // block
+            after = before + new
+            for record in range(max(0, before - whole, after - whole - cut), after - whole):
+                start = cut_start + record % cut * coder.coarse_bytes
+                if record < before:
+                    source = coder.header_bytes + record % whole * coder.record_bytes
+                    displaced.append((row, source, start))
+                else:
+                    passing.append((row, index, record - before, start))
+        if displaced:
+            row_index, source, start = self._table(displaced, 3)
+            columns = source[:, None] + self._span(coder.coarse_bytes)
+            data = self.arena[:, row_index[:, None], columns]
+            writes.append(self._write(row_index, start, data))
+        if passing:
+            row_index, own, record, start = self._table(passing, 4)
+            data = records[:, own, record, : coder.coarse_bytes]
+            writes.append(self._write(row_index, start, data))
+        return writes
+
+    def _ring_write(
+        self,
+        records: torch.Tensor,
+        arrivals: Arrivals,
+        rows: list[int],
+        coder: Coder,
+        offset: int,
+    ) -> Write:
+        """Where each row's new records go; only the last ``num_records`` can stay."""
+        block, slots = coder.block_tokens, coder.num_records
+        moves = []
+        for index, row in enumerate(rows):
+            first, new = arrivals.totals[row] // block, arrivals.counts[row] // block
+            moves += [
+                (row, index, record, offset + (first + record) % slots * coder.record_bytes)
+                for record in range(max(0, new - slots), new)
+            ]
+        row_index, own, record, start = self._table(moves, 4)
+        return self._write(row_index, start, records[:, own, record])
+
+    def _landmark_write(self, rows: list[int], offset: int, data: torch.Tensor) -> Write:
+        """Bytes ``[L, B, bytes]`` of landmarks, ``offset`` after their start."""
+        return self._constant_write(rows, self.plan.landmark_offset + offset, data)
+
+    def _constant_write(self, rows: list[int], start: int, data: torch.Tensor) -> Write:
+        """Bytes ``[L, B, bytes]`` that go to the same place in every row."""
+        index, places = self._table([(row, start) for row in rows], 2)
+        return self._write(index, places, data)
+
+    def _write(self, rows: torch.Tensor, start: torch.Tensor, data: torch.Tensor) -> Write:
+        return Write(rows[:, None], start[:, None] + self._span(data.shape[2]), data)
+
+    # --- rows and layers ---------------------------------------------------------------------
+
+    def _group(
+        self,
+        leaving: Entries,
+        arrivals: Arrivals,
+        rows: list[int],
+        queries: torch.Tensor | None,
+    ) -> _Group:
+        """Rows and what arrives in them, padded to the longest with what comes after."""
+        starts = [arrivals.starts[row] for row in rows]
+        counts = [arrivals.counts[row] for row in rows]
+        width = max(counts)
+        number, first, start, count = self._table(
+            [
+                (row, arrivals.sink + arrivals.totals[row], arrivals.starts[row], own)
+                for row, own in zip(rows, counts, strict=True)
+            ],
+            4,
+        )
+        everything = rows == list(range(self.arena.shape[1]))
+        index = slice(None) if everything else number
+        span = self._span(width)
+        tokens = first[:, None] + span
+        if min(counts) < width:
+            tokens = torch.where(span < count[:, None], tokens, -1)
+        if len(set(starts)) == 1:
+            columns = slice(starts[0], starts[0] + width)
+            keys, values = (part[:, index, :, columns] for part in (leaving.keys, leaving.values))
+        else:
+            place = (start[:, None] + span).clamp(max=leaving.keys.shape[3] - 1)
+            # [B, N, L, K, D], since indices that stand apart come first.
+            keys, values = (
+                part[:, number[:, None], :, place].permute(2, 0, 3, 1, 4)
+                for part in (leaving.keys, leaving.values)
+            )
+        entries = Entries(keys.flatten(0, 1), values.flatten(0, 1))
+        own_queries = None if queries is None else queries[:, index].flatten(0, 1)
+        return _Group(rows, index, tokens, entries, own_queries)
+
+    def _bytes(self, group: _Group, start: int, stop: int) -> torch.Tensor:
+        """Some bytes of some rows of all layers ``[L * B, bytes]``."""
+        return self.arena[:, group.index, start:stop].flatten(0, 1)
+
+    def _by_layer(self, states: torch.Tensor) -> torch.Tensor:
+        """``[L * B, ...]`` -> ``[L, B, ...]``."""
+        return states.unflatten(0, (len(self.plans), -1))
+
+    def _span(self, count: int) -> torch.Tensor:
+        return torch.arange(count, device=self.device)
+
+    def _table(self, moves: Sequence[tuple[int, ...]], width: int) -> torch.Tensor:
+        """Columns ``[width, M]`` of numbers that the host knows."""
+        table = torch.tensor(moves, dtype=torch.long).reshape(-1, width).T.contiguous()
+        return table.to(self.device, non_blocking=True)
+
+    @property
+    def _coder(self) -> Coder:
+        coders = [plan.coder for plan in self.plans if plan.coder is not None]
+        if not coders:
+            raise RuntimeError("a middle without a coder was to be coded")
+        return coders[0] if len(coders) == 1 else coders[0].stacked(coders)
+
+    @property
+    def _store(self) -> LandmarkStore:
+        if not isinstance(self.plan.store, LandmarkStore):
+            raise RuntimeError("a middle without landmarks of all heads was asked for them")
+        return self.plan.store
+
+
+@dataclass(frozen=True)
+class _Turned:
+    """One layer's row, coded for the first time.
+
+    Attributes:
+        header: ``[1, bytes]``.
+        records: ``[1, R, bytes]``.
+        landmarks: ``[1, bytes]`` their header, and all of them where heads choose their own.
+        candidates: to be settled with those of other layers.
+    """
+
+    header: torch.Tensor
+    records: torch.Tensor
+    landmarks: torch.Tensor
+    candidates: Candidates | None
+
+
+def _turned(plan: MiddlePlan, group: _Group, material: Entries) -> _Turned:
+    """Fits a layer's codes to ``material`` and codes the tokens of one row with them."""
+    coder, store = plan.coder, plan.store
+    if coder is None:
+        raise RuntimeError("a middle without a coder was to be coded")
+    header = coder.fit(material, group.queries)
+    records = coder.encode(header, group.entries, group.queries)
+    if store is None:
+        return _Turned(header, records, header[:, :0], None)
+    if isinstance(store, HeadLandmarkStore):
+        arrived = _arriving(coder, header, records, group)
+        own = store.fit(arrived)
+        chosen = store.update(own, None, arrived, plan.metric, plan.config)
+        return _Turned(header, records, torch.cat([own, chosen], dim=1), None)
+    own = store.fit(group.entries)
+    evidence = _evidence(store, coder, header, records, own, group.queries)
+    scores = plan.metric(group.entries, evidence)
+    own = store.with_scale(own, scores)
+    candidates = Candidates(
+        rows=group.rows,
+        records=store.encode(own, group.entries, records)[None],
+        tokens=group.tokens,
+        scores=store.scaled(own, scores.float())[None],
+        present=None,
+    )
+    return _Turned(header, records, own, candidates)
+
+
+def _evidence(
+    store: LandmarkStore,
+    coder: Coder,
+    header: torch.Tensor,
+    records: torch.Tensor,
+    landmark_header: torch.Tensor,
+    queries: torch.Tensor | None,
+) -> Evidence:
+    def decode() -> Entries:
+        return coder.decode(header, records[..., : coder.record_bytes])
+
+    return store.evidence(landmark_header, queries, decode, coder.block_tokens)
+
+
+def _arriving(coder: Coder, header: torch.Tensor, records: torch.Tensor, group: _Group) -> Arriving:
+    layers = len(records) // len(group.tokens)
+    return Arriving(
+        group.entries,
+        group.tokens.repeat(layers, 1),
+        coder.decode(header, records[..., : coder.record_bytes]),
+        coder.block_tokens,
+        group.queries,
+    )
+
+
+def _stack(parts: list[torch.Tensor]) -> torch.Tensor:
+    """What each layer has, ``[1, ...]``, as ``[L, 1, ...]``."""
+    return torch.stack(parts)
