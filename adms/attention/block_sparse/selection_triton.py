@@ -18,9 +18,9 @@ from adms.attention.block_sparse.scorer import ImportanceScorer
 # A row's scores stay in registers.
 _MOST_KEY_BLOCKS = 2048
 _MOST_SIZE = 1024
-# Of a tile of tokens, and of features of a row's key blocks, at a time.
+# Of a tile of tokens, or of features of a row's key blocks, at a time.
 _TILE_ELEMENTS = 8192
-_STEP = 32
+_MOST_STEP = 32
 
 
 def scores_fit(scorer: ImportanceScorer, key_blocks: int) -> bool:
@@ -109,7 +109,7 @@ def choose_blocks(
         last.shape[1],
         pairs,
         WIDTH=width,
-        STEP=_STEP,
+        STEP=min(_MOST_STEP, _TILE_ELEMENTS // width),
         num_warps=min(8, max(1, width // 32)),
     )
     return chosen, shares
