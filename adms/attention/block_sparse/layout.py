@@ -119,6 +119,7 @@ class Budget(NamedTuple):
         coarse_candidates: bool [I, C].
         fine_candidates: What it may choose as single blocks, bool [I, J].
         least: How many content must choose a row, float [I]: 1 where nothing else is attended.
+        wanted: The larger of `adaptive` and `least`.
         pairs: How many pairs are allowed in all.
         target_density: Share of the allowed pairs that local and adaptive have together.
     """
@@ -131,6 +132,7 @@ class Budget(NamedTuple):
     coarse_candidates: Tensor
     fine_candidates: Tensor
     least: Tensor
+    wanted: Tensor
     pairs: float
     target_density: float
 
@@ -186,6 +188,7 @@ def block_budget(
         coarse_candidates.to(device),
         fine_candidates.to(device),
         least.float().to(device),
+        torch.maximum(adaptive.float(), least.float()).to(device),
         pairs,
         density,
     )

@@ -216,7 +216,11 @@ class BlockSparseAdaptive(nn.Module):
         config, size = self.config, self.config.block_size
         if config.share_across_heads:
             q, k = q.mean(1, keepdim=True), k.mean(1, keepdim=True)
-        of_queries = first_of_blocks(q, size) if strict else _summaries(q, size, False)[0]
+        if strict:
+            # The kernels convert what they load.
+            of_queries = q[..., ::size, :] if _takes_triton(q) else first_of_blocks(q, size)
+        else:
+            of_queries = _summaries(q, size, False)[0]
         of_keys, squares = _summaries(k, size, self.budget is not None)
         of_coarse = of_keys[:, :, :0]
         if config.coarse_factor is not None:
@@ -238,14 +242,16 @@ class BlockSparseAdaptive(nn.Module):
         The pattern is bool unless it is `trained`.
         """
         config = self.config
-        factor = torch.ones_like(of_queries[..., 0])
+        factor = None
         if self.budget is not None:
             needed = self.budget(of_queries, of_keys, squares, budget.candidates)
             factor = 1.0 + config.budget_range * needed
         if not (trained or self.training) and self._in_one_launch(of_queries, of_keys):
             from adms.attention.block_sparse.selection_triton import choose_blocks
 
-            wanted = torch.maximum(budget.adaptive * factor, budget.least)
+            wanted = budget.wanted
+            if factor is not None:
+                wanted = torch.maximum(budget.adaptive * factor, budget.least)
             chosen, shares = choose_blocks(
                 self.scorer,
                 of_queries,
@@ -256,6 +262,8 @@ class BlockSparseAdaptive(nn.Module):
                 budget.pairs,
             )
             return chosen, shares.sum(-1)
+        if factor is None:
+            factor = torch.ones_like(of_queries[..., 0])
         scores = self.scorer(of_queries, of_keys, budget.candidates)
         weights = budget.local.to(scores.dtype)
         fine = budget.adaptive
@@ -276,8 +284,8 @@ class BlockSparseAdaptive(nn.Module):
             return False
         from adms.attention.block_sparse.selection_triton import scores_fit
 
-        of_float32 = of_queries.dtype == self.scorer.gain.dtype == torch.float32
-        return of_float32 and scores_fit(self.scorer, of_keys.shape[2])
+        wide = torch.float64 in (of_queries.dtype, of_keys.dtype)
+        return not wide and scores_fit(self.scorer, of_keys.shape[2])
 
     def _choose_coarse(
         self, of_queries: Tensor, of_keys: Tensor, budget: Budget, factor: Tensor, hard: bool
