@@ -147,6 +147,9 @@ class Bench:
         row = self.describe(unit)
         streaming = None if self.evaluation.equal_memory else unit.config.recent_size
         own = self.calibration if unit.method == ADMS else None
+        # What is wrong with sizes or text is no method's fault and no result.
+        self._chunk(unit)
+        self._text(unit)
         try:
             with open_method(
                 self.model,
@@ -173,6 +176,12 @@ class Bench:
             case _:
                 return self._retrieval(unit, method, on_chunk), {}
 
+    def _text(self, unit: Unit) -> torch.Tensor:
+        """``[1, tokens]`` that a piece of work reads; every sample and trial has its own."""
+        one = self.evaluation
+        tokens = unit.length or one.tokens
+        return self.ids(one.offset + unit.sample * tokens, tokens)
+
     def _chunk(self, unit: Unit) -> int:
         # What ADMS resolves to; every method reads in the same chunks.
         with open_method(self.model, ADMS, unit.config) as probe:
@@ -182,8 +191,7 @@ class Bench:
         one = self.evaluation
         check_length(method, one.tokens)
         chunk = self._chunk(unit)
-        ids = self.ids(one.offset + unit.sample * one.tokens, one.tokens)
-        trace = read(self.model, method, ids, chunk=chunk, on_chunk=on_chunk)
+        trace = read(self.model, method, self._text(unit), chunk=chunk, on_chunk=on_chunk)
         first = one.first_measured(trained_length(self.model))
         row = {
             "sample": unit.sample,
@@ -204,10 +212,13 @@ class Bench:
         check_length(method, unit.length)
         chunk = self._chunk(unit)
         seed = self.evaluation.seed * 1000 + unit.sample
-        # Every trial has its own filler text and its own facts.
-        filler = self.ids(self.evaluation.offset + unit.sample * unit.length, unit.length)
         trial = needles.make_trial(
-            self.tokenizer, filler, unit.task, length=unit.length, depth=unit.depth, seed=seed
+            self.tokenizer,
+            self._text(unit),
+            unit.task,
+            length=unit.length,
+            depth=unit.depth,
+            seed=seed,
         )
         trace = read(self.model, method, trial.text, chunk=chunk, on_chunk=on_chunk)
         produced = answer(
@@ -232,11 +243,10 @@ class Bench:
         one = self.evaluation
         check_length(method, one.tokens + one.decode_tokens)
         chunk = self._chunk(unit)
-        ids = self.ids(one.offset, one.tokens)
         figures, arrays = measure_speed(
             self.model,
             method,
-            ids,
+            self._text(unit),
             chunk=chunk,
             decode_tokens=one.decode_tokens,
             on_chunk=on_chunk,
