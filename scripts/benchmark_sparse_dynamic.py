@@ -1,15 +1,17 @@
 """Times hard block-sparse attention against dense SDPA, and a dynamic update against recomputing.
 
 Prints Markdown tables of milliseconds. The sparse rows time attention alone ("kernel"), the choice
-of blocks by an untrained scorer ("selection"), and both in one call ("module"), on random inputs.
+of blocks by an untrained scorer ("selection"), and both in one call ("module"), on random inputs;
+the last column compares dense attention with the module.
 The dynamic rows time `update_key` and a read of all rows, over more updates than it takes for all
 rows to be summed afresh, so that the mean has that cost in it; "float64 dense" is the same object
 made to sum everything at every read.
 
     python scripts/benchmark_sparse_dynamic.py [--device cuda] [--dtype bfloat16] [--threads 1]
 
-On CUDA, times are of calls one after the other, and "dense SDPA" is the faster of PyTorch's own
-choice and its flash kernel.
+On CUDA, times are of calls one after the other; a second row has them recorded in a CUDA graph, as
+servers run them, so that what the device computes is timed and not how fast Python launches it.
+"Dense SDPA" is PyTorch's own choice, and in half precision also its flash kernel.
 """
 
 import argparse
@@ -69,17 +71,37 @@ def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         return scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
+def recorded(call: Call) -> Call:
+    """The call as a CUDA graph."""
+    # Kernels are compiled and libraries set up before.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = call()
+
+    def replay() -> object:
+        graph.replay()
+        return kept
+
+    return replay
+
+
 def sparse_rows(arguments: argparse.Namespace, device: str, dtype: torch.dtype) -> None:
-    """Prints one row for each sparsity, with and without causality."""
+    """Prints one row (on CUDA two) for each sparsity, with and without causality."""
     tokens, heads, size = arguments.tokens, arguments.heads, arguments.head_dim
     block_size = arguments.block_size
     q, k, v = (torch.randn(1, tokens, heads, size, device=device, dtype=dtype) for _ in range(3))
     q_, k_, v_ = (x.transpose(1, 2).contiguous() for x in (q, k, v))
     print(
-        "| causal | sparsity | dense SDPA ms | kernel ms | faster | selection ms | module ms | "
+        "| causal | sparsity | calls | dense SDPA ms | kernel ms | selection ms | module ms | "
         "faster |\n|---|---|---|---|---|---|---|---|"
     )
-    for causal, asked in ((c, s) for c in (False, True) for s in (0.5, 0.9, 0.95)):
+    on_cuda = device.startswith("cuda")
+    for causal, asked in ((c, s) for c in (False, True) for s in arguments.sparsities):
         config = AdaptiveConfig(base_sparsity=asked, budget_range=0.0, block_size=block_size)
         segments = [tokens // 4, tokens // 2, tokens]
         module = BlockSparseAdaptive(segments, [1, 2, 4], heads, size, config).to(device).eval()
@@ -87,7 +109,7 @@ def sparse_rows(arguments: argparse.Namespace, device: str, dtype: torch.dtype) 
         dense: list[Call] = [
             functools.partial(scaled_dot_product_attention, q_, k_, v_, is_causal=causal)
         ]
-        if dtype in (torch.float16, torch.bfloat16) and device.startswith("cuda"):
+        if dtype in (torch.float16, torch.bfloat16) and on_cuda:
             dense.append(functools.partial(flash, q_, k_, v_, causal))
         calls: list[Call] = [
             functools.partial(
@@ -96,13 +118,18 @@ def sparse_rows(arguments: argparse.Namespace, device: str, dtype: torch.dtype) 
             functools.partial(module.block_weights, q_, k_, causal),
             functools.partial(module, q, k, v, causal),
         ]
-        *bases, kernel, selection, whole = milliseconds(dense + calls, arguments.repeats)
-        base = min(bases)
-        print(
-            f"| {causal} | {float(sparsity.mean()):.1%} | {base:.2f} | {kernel:.2f} | "
-            f"{base / kernel:.1f}x | {selection:.2f} | {whole:.2f} | {base / whole:.1f}x |",
-            flush=True,
-        )
+        timed = {"in turn": dense + calls}
+        if on_cuda:
+            timed["a graph"] = [recorded(call) for call in dense + calls]
+        for how, these in timed.items():
+            *bases, kernel, selection, whole = milliseconds(these, arguments.repeats)
+            ours = " | ".join(f"{time:.3f}" for time in (kernel, selection, whole))
+            print(
+                f"| {causal} | {float(sparsity.mean()):.1%} | {how} | "
+                f"{' / '.join(f'{base:.3f}' for base in bases)} | {ours} | "
+                f"{' / '.join(f'{base / whole:.1f}x' for base in bases)} |",
+                flush=True,
+            )
 
 
 def update_and_read(attention: DynamicAttention, keys: Tensor, step: int) -> None:
@@ -150,9 +177,10 @@ if __name__ == "__main__":
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--block-size", type=int, default=64)
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.9, 0.95])
     parser.add_argument("--entries", type=int, default=4096)
     parser.add_argument("--dynamic-heads", type=int, nargs="+", default=[1])
-    parser.add_argument("--updates", type=int, default=4200)
+    parser.add_argument("--updates", type=int, default=4200, help="0 leaves these rows out")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -166,4 +194,5 @@ if __name__ == "__main__":
           f"{arguments.block_size}; dynamic rows: n = {arguments.entries}, d = 64\n")  # fmt: skip
     with torch.inference_mode():
         sparse_rows(arguments, arguments.device, dtype)
-        dynamic_rows(arguments, arguments.device)
+        if arguments.updates:
+            dynamic_rows(arguments, arguments.device)

@@ -50,6 +50,34 @@ def feed(model: LlamaForCausalLM, ids: torch.Tensor, cache: Any, step: int = 0) 
     return torch.cat([model(part, past_key_values=cache).logits for part in parts], dim=1)
 
 
+@torch.no_grad()
+def check_padded_row(
+    model: LlamaForCausalLM,
+    together: ADMSKVCache,
+    alone: ADMSKVCache,
+    *,
+    total: int,
+    padding: int = 24,
+    chunk: int = 64,
+) -> None:
+    """Asserts that a row with padding on its left, in a batch, gets the logits it gets by itself.
+
+    Streams ``total`` columns into both caches, which are fresh; the bound holds at every step.
+    """
+    ids = random_ids(2, total)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    for start in range(0, total, chunk):
+        end = start + chunk
+        batch = model(
+            ids[:, start:end], past_key_values=together, attention_mask=mask[:, :end]
+        ).logits
+        skipped = padding if start == 0 else 0
+        single = model(ids[:1, start + skipped : end], past_key_values=alone).logits
+        torch.testing.assert_close(batch[:1, skipped:], single, atol=2e-4, rtol=2e-4)
+        assert together.nbytes <= together.max_nbytes
+
+
 def reachable_bytes(cache: ADMSKVCache) -> int:
     """Bytes of every tensor storage reachable from a cache by its attributes, whatever they are."""
     storages: dict[int, int] = {}

@@ -13,6 +13,7 @@ from adms.tiers.head_landmarks import Arriving, HeadLandmarkStore
 from adms.tiers.landmarks import LandmarkStore
 from tests.compressors.test_streams import held
 from tests.compressors.tiny import feed, random_ids, tiny_llama
+from tests.streams import check_padded_row
 
 SHAPE = TokenShape(3, 16, 8)
 SIZES = {"start_size": 4, "recent_size": 64, "compressed_budget": 160, "use_adaptive_budget": True}
@@ -136,22 +137,14 @@ def test_slots_without_a_token_are_invalid() -> None:
 @pytest.mark.parametrize("metric", list(METRICS))
 def test_a_padded_row_is_the_row_alone(metric: str) -> None:
     model = tiny_llama()
-    padding, chunk, total = 24, 64, 704
-    ids = random_ids(2, total)
-    mask = torch.ones_like(ids)
-    mask[0, :padding] = 0
+    total = 704
     together = enable_adms_llm(model, **SIZES, importance_metric=metric)
     alone = enable_adms_llm(model, **SIZES, importance_metric=metric)
-    for start in range(0, total, chunk):
-        part = slice(start, start + chunk)
-        batch = feed(model, ids[:, part], together, mask[:, : start + chunk])
-        skipped = padding if start == 0 else 0
-        single = feed(model, ids[:1, start + skipped : start + chunk], alone)
-        torch.testing.assert_close(batch[:1, skipped:], single, atol=2e-4, rtol=2e-4)
-        assert held(together) <= together.nbytes <= together.max_nbytes
+    check_padded_row(model, together, alone, total=total)
+    assert held(together) <= together.nbytes
     middle = together.layers[1].middle
     assert isinstance(middle.plan.store, HeadLandmarkStore)
-    entries, tokens = middle.landmarks([total - 68 - padding, total - 68])
+    entries, tokens = middle.landmarks([total - 68 - 24, total - 68])
     first, second = ({*tokens[1, entries.valid[1, head]].tolist()} for head in range(2))
     assert first != second, "heads chose the same tokens"
 

@@ -162,6 +162,46 @@ def test_another_device(tmp_path: Path) -> None:
     torch.testing.assert_close(found.cpu(), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("compressor", sorted(COMPRESSORS))
+def test_there_and_back_in_mid_stream(compressor: str, tmp_path: Path) -> None:
+    """CUDA, CPU, CUDA: each part of the stream as if it had always been where it is now."""
+    path = tmp_path / "a.adms"
+    there, here = llama().cuda(), llama()
+    moving, staying = (
+        adms.enable_adms_llm(there, compressor_type=compressor, **CODED) for _ in "12"
+    )
+    for part, model in enumerate((there, here, there)):
+        if part:
+            moving.save(path)
+            moving = adms.ADMSKVCache.load(path, model=model)
+        for step, count in enumerate((100, 1, 1)):
+            ids = text(count, seed=10 * part + step)
+            found = run(model, ids.to(model.device), moving)
+            expected = run(there, ids.cuda(), staying)
+            # A code may round to its neighbour on another device, seldom.
+            close = torch.isclose(found.cpu(), expected.cpu(), atol=1e-3, rtol=1e-3)
+            assert close.float().mean() > 0.98
+            assert (found.cpu() - expected.cpu()).abs().max() < 0.1
+            assert moving.nbytes <= moving.max_nbytes
+    assert moving.tokens_seen == staying.tokens_seen == 306
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_offloaded_in_mid_stream_and_fetched_again() -> None:
+    """As accelerate and transformers ask a cache to: bit for bit as if it had stayed."""
+    model = llama().cuda()
+    moved, stayed = (adms.enable_adms_llm(model, **CODED) for _ in "12")
+    for step in range(4):
+        ids = text(70, seed=step).cuda()
+        assert torch.equal(run(model, ids, moved), run(model, ids, stayed))
+        for layer in moved.layers:
+            layer.offload()
+            assert not layer.exact.keys.is_cuda and not layer.middle.arena.is_cuda
+            layer.prefetch()
+            assert layer.exact.keys.is_cuda and layer.middle.arena.is_cuda
+
+
 def test_notes_and_ids_come_back(tmp_path: Path) -> None:
     model, path = llama(), tmp_path / "a.adms"
     cache = adms.enable_adms_llm(model, **CODED)

@@ -4,10 +4,11 @@ import copy
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
@@ -50,8 +51,9 @@ class StreamMachine(RuleBasedStateMachine):
             elements=2 * (4 + 4),
         )
         self.oracle = Oracle(MODEL, self.rules)
+        self.model = MODEL
         self.cache = adms.enable_adms_llm(
-            MODEL,
+            self.model,
             start_size=self.sink,
             recent_size=self.recent,
             compressed_budget=self.budget,
@@ -62,6 +64,17 @@ class StreamMachine(RuleBasedStateMachine):
         )
         self.rows: list[Row] = []
         self.length = 0
+
+    def here(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids where the model is."""
+        return ids.to(self.model.device)
+
+    @torch.no_grad()
+    def logits(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """What the model gives for further ids, on the CPU."""
+        given = None if mask is None else self.here(mask)
+        output = self.model(self.here(ids), attention_mask=given, past_key_values=self.cache)
+        return output.logits.cpu()
 
     # --- operations ---------------------------------------------------------------------------
 
@@ -81,8 +94,7 @@ class StreamMachine(RuleBasedStateMachine):
         given = mask if any(padding) else None
         if given is not None and full:
             given = torch.cat([torch.ones(count, self.length, dtype=torch.long), mask], dim=1)
-        with torch.no_grad():
-            logits = MODEL(ids, attention_mask=given, past_key_values=self.cache).logits
+        logits = self.logits(ids, given)
         for index, row in enumerate(self.rows):
             real: list[int | None] = [
                 token if keep else None
@@ -102,8 +114,7 @@ class StreamMachine(RuleBasedStateMachine):
             self.append_ids(data.draw(st.lists(tokens, min_size=count, max_size=count)))
 
     def append_ids(self, ids: list[int]) -> None:
-        with torch.no_grad():
-            logits = MODEL(torch.tensor(ids)[:, None], past_key_values=self.cache).logits[:, 0]
+        logits = self.logits(torch.tensor(ids)[:, None])[:, 0]
         for index, row in enumerate(self.rows):
             expected = self.oracle.stream(row, [ids[index]])
             torch.testing.assert_close(logits[index], expected[0], **TOLERANCE)
@@ -117,7 +128,7 @@ class StreamMachine(RuleBasedStateMachine):
         ids = (torch.arange(columns) + first) % VOCAB
         ids = ids.expand(len(self.rows), -1)
         produced = adms.generate_turn(
-            MODEL, self.cache, ids, max_new_tokens=new, do_sample=False
+            self.model, self.cache, self.here(ids), max_new_tokens=new, do_sample=False
         ).tolist()
         for index, row in enumerate(self.rows):
             # generate_turn streams all but the last id together, then one at a time.
@@ -166,14 +177,14 @@ class StreamMachine(RuleBasedStateMachine):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "stream.adms"
             self.cache.save(path)
-            self.cache = adms.ADMSKVCache.load(path, model=MODEL)
+            self.cache = adms.ADMSKVCache.load(path, model=self.model)
 
     @rule()
     def go_on_with_a_copy(self) -> None:
         twin = copy.deepcopy(self.cache)
         if self.rows:
             # What happens to the old one is nothing to the new one.
-            MODEL(torch.zeros(len(self.rows), 7, dtype=torch.long), past_key_values=self.cache)
+            self.logits(torch.zeros(len(self.rows), 7, dtype=torch.long))
         self.cache = twin
 
     @rule()
@@ -195,16 +206,16 @@ class StreamMachine(RuleBasedStateMachine):
             raise RuntimeError("on purpose")
 
         if where == "attention":
-            handle = MODEL.model.layers[0].self_attn.o_proj.register_forward_pre_hook(refuse)
+            handle = self.model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(refuse)
             with pytest.raises(adms.ForwardError, match="on purpose"):
-                MODEL(ids, past_key_values=self.cache)
+                self.logits(ids)
             handle.remove()
         else:
             layer = self.cache.layers[0]
             kept = layer.apply
             layer.apply = lambda commit, moves: (kept(commit, moves), refuse())
             try:
-                MODEL(ids, past_key_values=self.cache)
+                self.logits(ids)
             except adms.ForwardError:
                 pass
             else:
@@ -244,12 +255,30 @@ class WindowMachine(StreamMachine):
     sink, recent, budget, interval, chunk = 2, 7, 0, 1, 8
 
 
+class DeviceMachine(StreamMachine):
+    """A stream that goes on with a model on another device."""
+
+    models: dict[str, Any] = {}
+
+    @rule()
+    def change_device(self) -> None:
+        if not self.models:
+            self.models.update(cpu=MODEL, cuda=copy.deepcopy(MODEL).cuda())
+        elsewhere = self.models["cuda" if self.model is MODEL else "cpu"]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "stream.adms"
+            self.cache.save(path)
+            self.cache = adms.ADMSKVCache.load(path, model=elsewhere)
+        self.model = elsewhere
+
+
 MACHINES = [StreamMachine, BlockMachine, WindowMachine]
 
 
 def run(machine: type[StreamMachine], examples: int, steps: int) -> None:
+    chosen = os.environ.get("ADMS_STATE_SEED")
     run_state_machine_as_test(
-        machine,
+        machine if chosen is None else seed(int(chosen))(machine),
         settings=settings(
             max_examples=examples,
             stateful_step_count=steps,
@@ -266,11 +295,19 @@ def test_operations_in_any_order(machine: type[StreamMachine]) -> None:
     run(machine, examples=8, steps=50)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_operations_on_two_devices() -> None:
+    run(DeviceMachine, examples=4, steps=50)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("machine", MACHINES)
 def test_many_operations_in_any_order(machine: type[StreamMachine]) -> None:
-    """100,000 operations with all machines; ADMS_STATE_OPERATIONS asks for another number."""
+    """100,000 operations with all machines; ADMS_STATE_OPERATIONS asks for another number.
+
+    Processes with ADMS_STATE_SEED of their own try different ones.
+    """
     operations = int(os.environ.get("ADMS_STATE_OPERATIONS", "100000"))
     wanted, machine.operations = operations // len(MACHINES), 0
     # Runs end at 200 operations or, by chance, earlier.

@@ -82,9 +82,9 @@ def check_methods(names: list[str]) -> list[str]:
     for name in names:
         if name not in method_names():
             near = difflib.get_close_matches(name, method_names(), n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ADMSValueError(
-                f"unknown method {name!r}; {hint}The methods are {', '.join(method_names())}"
+                f"unknown method {name!r}{hint}; the methods are {', '.join(method_names())}"
             )
     return list(dict.fromkeys(names))
 

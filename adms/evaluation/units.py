@@ -153,6 +153,10 @@ class Bench:
         row = self.describe(unit)
         streaming = None if self.evaluation.equal_memory else unit.config.recent_size
         own = self.calibration if unit.method == ADMS else None
+        # What is wrong with sizes or text is no method's fault and no result.
+        self._chunk(unit)
+        for index in range(unit.count):
+            self._text(unit, unit.sample + index)
         try:
             with open_method(
                 self.model,
@@ -181,6 +185,12 @@ class Bench:
             case _:
                 return self._retrieval(unit, method, on_chunk), {}
 
+    def _text(self, unit: Unit, sample: int) -> torch.Tensor:
+        """``[1, tokens]`` that a piece of work reads; every sample and trial has its own."""
+        one = self.evaluation
+        tokens = unit.length or one.tokens
+        return self.ids(one.offset + sample * tokens, tokens)
+
     def _chunk(self, unit: Unit) -> int:
         # What ADMS resolves to; every method reads in the same chunks.
         with open_method(self.model, ADMS, unit.config) as probe:
@@ -190,8 +200,9 @@ class Bench:
         one = self.evaluation
         check_length(method, one.tokens)
         chunk = self._chunk(unit)
-        ids = self.ids(one.offset + unit.sample * one.tokens, one.tokens)
-        trace = read(self.model, method, ids, chunk=chunk, on_chunk=on_chunk)
+        trace = read(
+            self.model, method, self._text(unit, unit.sample), chunk=chunk, on_chunk=on_chunk
+        )
         first = one.first_measured(trained_length(self.model))
         row = {
             "sample": unit.sample,
@@ -242,21 +253,23 @@ class Bench:
 
     def _trial(self, unit: Unit, sample: int) -> needles.Trial:
         """Every trial has its own filler text and its own facts."""
-        filler = self.ids(self.evaluation.offset + sample * unit.length, unit.length)
-        seed = self.evaluation.seed * 1000 + sample
         return needles.make_trial(
-            self.tokenizer, filler, unit.task, length=unit.length, depth=unit.depth, seed=seed
+            self.tokenizer,
+            self._text(unit, sample),
+            unit.task,
+            length=unit.length,
+            depth=unit.depth,
+            seed=self.evaluation.seed * 1000 + sample,
         )
 
     def _speed(self, unit: Unit, method: Method, on_chunk: Progress) -> tuple[Row, Arrays]:
         one = self.evaluation
         check_length(method, one.tokens + one.decode_tokens)
         chunk = self._chunk(unit)
-        ids = self.ids(one.offset, one.tokens)
         figures, arrays = measure_speed(
             self.model,
             method,
-            ids,
+            self._text(unit, unit.sample),
             chunk=chunk,
             decode_tokens=one.decode_tokens,
             on_chunk=on_chunk,

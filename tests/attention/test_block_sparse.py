@@ -243,6 +243,25 @@ def test_recorded_selection_is_the_selection(
         assert not copy.deepcopy(module)._replay._recordings
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_recorded_call_is_the_call(is_causal: bool) -> None:
+    """Selection and attention within a CUDA graph, as servers run them, on new inputs."""
+    module = make(block_size=16).cuda().eval()
+    held = [x.cuda().float() for x in inputs(128, 128)]
+    with torch.inference_mode():
+        module(*held, is_causal)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = module(*held, is_causal)
+        for factor in (0.5, -2.0):
+            for x in held:
+                x.mul_(factor)
+            graph.replay()
+            expected = module(*held, is_causal)
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_annealing_ends_where_asked() -> None:
     for learnable in (False, True):
         module = make(learnable_temperature=learnable, min_temperature=0.05)

@@ -1,5 +1,6 @@
 """Tests of block-sparse kernels, selection and layout against dense float64 oracles."""
 
+import copy
 import importlib.util
 import math
 import os
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from adms.attention.block_sparse import (
     BlockLayout,
+    ImportanceScorer,
     block_mean_scores,
     block_sparse_attention,
     get_adaptive_sparsity,
@@ -26,6 +28,7 @@ from adms.attention.block_sparse import (
     summarize_blocks,
 )
 from adms.attention.block_sparse.flex import flex_block_mask
+from adms.attention.block_sparse.scorer import block_mean_squares
 from adms.errors import ADMSTypeError, ADMSValueError
 
 ROOT = Path(__file__).parents[2]
@@ -252,12 +255,56 @@ def check_triton(device: str, dtype: torch.dtype, tolerance: float) -> None:
         torch.testing.assert_close(got.cpu().double(), expected, rtol=tolerance, atol=tolerance)
 
 
+def check_selection(device: str) -> None:
+    """Compares the choice of blocks in one launch with its plain twin in float64."""
+    from adms.attention.block_sparse.selection_triton import block_summaries, choose_blocks
+
+    # Rows and columns of blocks, head size, width, patterns.
+    cases = [(5, 5, 8, 16, 2), (1, 37, 64, 40, 1), (9, 70, 20, 128, 3)]
+    for rows, columns, size, hidden, patterns in cases:
+        scorer = ImportanceScorer(size, patterns, hidden).requires_grad_(False)
+        scorer.gain.normal_(generator=torch.Generator().manual_seed(4))
+        of_queries, of_keys = (
+            draw(2, patterns, count, size, seed=seed, dtype=torch.float32)
+            for seed, count in enumerate((rows, columns))
+        )
+        # Blocks that are alike have equal scores; the first of them are to be taken.
+        of_keys[:, :, columns // 2 :] = of_keys[:, :, :1]
+        local = torch.rand(rows, columns, generator=torch.Generator().manual_seed(2)) < 0.2
+        candidates = ~local & (torch.arange(columns) <= torch.arange(rows).unsqueeze(-1) + 30)
+        candidates[0] = False
+        wanted = draw(2, patterns, rows, seed=3, dtype=torch.float32).abs() * columns / 4
+        # Halves are rounded to even.
+        wanted = torch.where(wanted > columns / 5, wanted, wanted.round() + 0.5)
+        scores = copy.deepcopy(scorer).double()(of_queries.double(), of_keys.double(), candidates)
+        allowed = candidates.expand(scores.shape)
+        least = wanted.minimum(allowed.sum(-1))
+        expected = hard_topk(scores, least.round().long(), allowed) | local
+        inputs = [x.to(device) for x in (of_queries, of_keys, wanted, candidates, local)]
+        got, shares = choose_blocks(scorer.to(device), *inputs, 50.0)
+        got = got.cpu()
+        assert torch.equal(got.sum(-1), expected.sum(-1))
+        torch.testing.assert_close(shares.cpu(), expected.sum(-1) / 50.0)
+        # Only scores that are equal in float32 may change places.
+        worst = scores.masked_fill(~(expected & ~local), math.inf).amin(-1, keepdim=True)
+        differ = got != expected
+        assert ((scores - worst).abs()[differ] < 1e-5).all()
+        assert differ.float().mean() < 0.001
+    for tokens, size in ((70, 20), (64, 16)):
+        x = draw(2, tokens, 3, size, dtype=torch.float32).transpose(1, 2)
+        means, squares = block_summaries(x.to(device), 16, True)
+        torch.testing.assert_close(means.cpu(), summarize_blocks(x, 16))
+        torch.testing.assert_close(squares.cpu(), block_mean_squares(x, 16))
+        assert block_summaries(x.to(device), 16, False)[1].numel() == 0
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")
 def test_triton_kernel_interpreted_equals_gathered() -> None:
     """The kernel's own code, run by Triton's interpreter, which an environment variable selects."""
     code = (
         "import conftest, torch\n"
-        "from tests.attention.test_block_sparse_kernels import check_triton\n"
+        "from tests.attention.test_block_sparse_kernels import check_selection, check_triton\n"
+        "check_selection('cpu')\n"
         "check_triton('cpu', torch.float32, 1e-5)\n"
         "check_triton('cpu', torch.float16, 4e-3)\n"
     )
@@ -275,6 +322,11 @@ def test_triton_kernel_interpreted_equals_gathered() -> None:
 )
 def test_triton_kernel_on_cuda_equals_gathered(dtype: torch.dtype, tolerance: float) -> None:
     check_triton("cuda", dtype, tolerance)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_selection_on_cuda_equals_its_plain_twin() -> None:
+    check_selection("cuda")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

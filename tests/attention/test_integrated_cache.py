@@ -12,7 +12,7 @@ from adms.attention.grouped import attention_weights, grouped_attention
 from adms.errors import ADMSTypeError
 from adms.gates import AdaptiveUpdateConfig
 from tests.patches import tiny as architectures
-from tests.streams import feed, random_ids, reachable_bytes, tiny_llama
+from tests.streams import check_padded_row, feed, random_ids, reachable_bytes, tiny_llama
 
 SIZES: dict[str, Any] = {
     "start_size": 4,
@@ -144,22 +144,10 @@ def test_a_failed_pass_teaches_nothing() -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("steps", [8])
-def test_a_padded_row_is_the_row_alone(steps: int) -> None:
+def test_a_padded_row_is_the_row_alone() -> None:
     model = tiny_llama()
-    ids = random_ids(2, 160)
-    mask = torch.ones_like(ids)
-    mask[0, :11] = 0
-    together, alone = frozen(model, steps), frozen(model, steps)
-    for start in range(0, 160, 16):
-        part = slice(start, start + 16)
-        with torch.no_grad():
-            batch = model(
-                ids[:, part], past_key_values=together, attention_mask=mask[:, : part.stop]
-            ).logits
-        skipped = 11 if start == 0 else 0
-        single = feed(model, ids[:1, start + skipped : part.stop], alone)
-        torch.testing.assert_close(batch[:1, skipped:], single, atol=2e-4, rtol=2e-4)
+    together, alone = frozen(model, 8), frozen(model, 8)
+    check_padded_row(model, together, alone, total=160, padding=11, chunk=16)
 
 
 @pytest.mark.parametrize("name", architectures.NAMES)

@@ -6,6 +6,7 @@ import torch
 from adms import enable_adms_llm
 from tests.compressors.material import NAMES
 from tests.compressors.tiny import feed, random_ids, tiny_llama
+from tests.streams import check_padded_row
 
 SIZES = {"start_size": 4, "recent_size": 64, "compressed_budget": 160}
 EVERY = pytest.mark.parametrize("name", NAMES)
@@ -45,18 +46,9 @@ def test_the_bound_holds_in_a_padded_batch(name: str) -> None:
 def test_a_padded_row_is_the_row_alone(name: str) -> None:
     """Batched with padding on its left, a row gets the logits it gets by itself."""
     model = tiny_llama()
-    padding, chunk, total = 24, 64, 832
-    ids = random_ids(2, total)
-    mask = torch.ones_like(ids)
-    mask[0, :padding] = 0
     together = enable_adms_llm(model, **SIZES, compressor_type=name)
     alone = enable_adms_llm(model, **SIZES, compressor_type=name)
-    for start in range(0, total, chunk):
-        part = slice(start, start + chunk)
-        batch = feed(model, ids[:, part], together, mask[:, : start + chunk])
-        skipped = padding if start == 0 else 0
-        single = feed(model, ids[:1, start + skipped : start + chunk], alone)
-        torch.testing.assert_close(batch[:1, skipped:], single, atol=2e-4, rtol=2e-4)
+    check_padded_row(model, together, alone, total=832)
     assert alone.summary()["middle"]["form"] == name
 
 

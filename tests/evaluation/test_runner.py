@@ -1,6 +1,7 @@
 """Runs into folders: complete, resumable after a kill anywhere, shared by processes."""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -290,6 +291,27 @@ def test_unwritable_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ADMSValueError, match="cannot write results"):
         RunFolder(tmp_path / "file" / "run", {})
+
+
+def test_a_missing_text_is_nobodys_result(tiny_model_folder: Path, tmp_path: Path) -> None:
+    """Nothing is kept of it: with the text there, the same run gives figures for every method."""
+    text = tmp_path / "text.txt"
+    evaluation = Evaluation(
+        model=str(tiny_model_folder),
+        text=str(text),
+        tokens=200,
+        methods=("full", "streaming", "adms"),
+        config=ADMSConfig(start_size=2, recent_size=16, compressed_budget=14),
+    )
+    with pytest.raises(ADMSValueError, match="no text"):
+        run_evaluation(evaluation, tmp_path / "run", command="")
+    assert not list((tmp_path / "run" / "items").iterdir())
+    text.write_text("a text that came later, " * 40)
+    again = dataclasses.replace(evaluation, text=str(text), tokens=2000)
+    with pytest.raises(ADMSValueError, match="2000"):
+        run_evaluation(again, tmp_path / "run", command="")
+    rows = run_evaluation(evaluation, tmp_path / "run", command="")
+    assert [row["method"] for row in rows if row["perplexity"] > 0] == list(evaluation.methods)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from adms.errors import ADMSValueError, SessionFileError
 from adms.gates import AdaptiveUpdateConfig, UpdateGates
 from tests.compressors.material import NAMES
 from tests.patches import tiny as architectures
-from tests.streams import feed, random_ids, reachable_bytes, tiny_llama
+from tests.streams import check_padded_row, feed, random_ids, reachable_bytes, tiny_llama
 
 SIZES = {"start_size": 4, "recent_size": 64, "compressed_budget": 160}
 
@@ -74,20 +74,8 @@ def test_a_padded_row_is_the_row_alone_and_chunks_change_nothing(policy: str) ->
     update = AdaptiveUpdateConfig()
     if policy == "learned":
         update = AdaptiveUpdateConfig(policy="learned", gates=trained(model))
-    padding, chunk, total = 24, 64, 832
-    ids = random_ids(2, total)
-    mask = torch.ones_like(ids)
-    mask[0, :padding] = 0
     together, alone = (enable_adms_llm(model, **SIZES, adaptive_update=update) for _ in range(2))
-    for start in range(0, total, chunk):
-        part = slice(start, start + chunk)
-        with torch.no_grad():
-            batch = model(
-                ids[:, part], past_key_values=together, attention_mask=mask[:, : part.stop]
-            ).logits
-        skipped = padding if start == 0 else 0
-        single = feed(model, ids[:1, start + skipped : part.stop], alone)
-        torch.testing.assert_close(batch[:1, skipped:], single, atol=2e-4, rtol=2e-4)
+    check_padded_row(model, together, alone, total=832)
     assert "gates" in alone.layers[0].cache.binding.compressor.name
 
 

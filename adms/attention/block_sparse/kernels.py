@@ -5,8 +5,6 @@ Shapes: `B` batch, `H` query heads, `K` KV heads (H a multiple of K), `Q` querie
 queries are the last `Q` of the `N` positions.
 """
 
-import functools
-import importlib.util
 import math
 from typing import Literal
 
@@ -16,6 +14,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from adms.attention.block_sparse.flex import attend_flex, flex_takes, ordered_blocks
 from adms.errors import ADMSTypeError, ADMSValueError
+from adms.kernels import has_triton
 
 Kernel = Literal["auto", "gathered", "flex", "triton"]
 
@@ -138,18 +137,13 @@ def _triton_misfit(
     inputs = [q, k, v] + ([] if key_bias is None else [key_bias])
     if not q.is_cuda:
         return f"CUDA tensors, got q on {q.device}"
-    if not _has_triton():
+    if not has_triton():
         return "the package triton, which is not installed"
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return "inputs without gradients; call it under torch.no_grad()"
     from adms.attention.block_sparse.triton_kernel import misfit
 
     return misfit(q, k, v, block_size)
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _gathered(

@@ -118,6 +118,9 @@ class Budget(NamedTuple):
         coarse: Coarse blocks among them, [I]; 0 without the multi-scale pattern.
         coarse_candidates: bool [I, C].
         fine_candidates: What it may choose as single blocks, bool [I, J].
+        least: How many content must choose a row, float [I]: 1 where nothing else is attended.
+        wanted: The larger of `adaptive` and `least`.
+        pairs: How many pairs are allowed in all.
         target_density: Share of the allowed pairs that local and adaptive have together.
     """
 
@@ -128,6 +131,9 @@ class Budget(NamedTuple):
     coarse: Tensor
     coarse_candidates: Tensor
     fine_candidates: Tensor
+    least: Tensor
+    wanted: Tensor
+    pairs: float
     target_density: float
 
 
@@ -169,7 +175,10 @@ def block_budget(
         coarse = coarse.minimum(coarse_candidates.sum(-1))
         # A row too short for a coarse block would otherwise see its own segment only.
         fine_candidates = fine_candidates | (candidates & (coarse == 0).unsqueeze(-1))
-    density = float(local.sum() + adaptive.sum()) / float(allowed.sum())
+    # A row must attend to something, also where the budget rounds to nothing.
+    least = ~local.any(-1) & (coarse == 0)
+    pairs = float(allowed.sum())
+    density = float(local.sum() + adaptive.sum()) / pairs
     return Budget(
         allowed.to(device),
         local.to(device),
@@ -178,6 +187,9 @@ def block_budget(
         coarse.float().to(device),
         coarse_candidates.to(device),
         fine_candidates.to(device),
+        least.float().to(device),
+        torch.maximum(adaptive.float(), least.float()).to(device),
+        pairs,
         density,
     )
 

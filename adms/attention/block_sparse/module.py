@@ -29,6 +29,7 @@ from adms.attention.block_sparse.scorer import (
 )
 from adms.attention.block_sparse.selection import gumbel_softmax_topk
 from adms.errors import ADMSTypeError, ADMSValueError, CacheStateError
+from adms.kernels import has_triton
 
 
 class BlockSparseAdaptive(nn.Module):
@@ -186,7 +187,7 @@ class BlockSparseAdaptive(nn.Module):
                 weights, density = self._replay(choose, summaries, (id(budget), places), budget)
         weights = weights.expand(-1, self.num_heads, -1, -1)
         density = density.expand(-1, self.num_heads)
-        self._density = density.mean()
+        self._density = density
         self._target_density = budget.target_density
         sparsity = 1.0 - density.detach()
         if self.recorded is not None:
@@ -207,7 +208,7 @@ class BlockSparseAdaptive(nn.Module):
                 "get_sparsity_loss speaks of the last forward pass and there was none; call the "
                 "module first"
             )
-        return (self._density / self._target_density - 1.0).square()
+        return (self._density.mean() / self._target_density - 1.0).square()
 
     def _summarize(self, q: Tensor, k: Tensor, strict: bool) -> list[Tensor]:
         """What is known of queries and keys: of query blocks, key blocks, their squares, and of
@@ -215,15 +216,16 @@ class BlockSparseAdaptive(nn.Module):
         config, size = self.config, self.config.block_size
         if config.share_across_heads:
             q, k = q.mean(1, keepdim=True), k.mean(1, keepdim=True)
-        of_keys = summarize_blocks(k, size)
-        return [
-            first_of_blocks(q, size) if strict else summarize_blocks(q, size),
-            of_keys,
-            block_mean_squares(k, size) if self.budget is not None else of_keys[..., :0],
-            summarize_blocks(k, size * config.coarse_factor)
-            if config.coarse_factor is not None
-            else of_keys[:, :, :0],
-        ]
+        if strict:
+            # The kernels convert what they load.
+            of_queries = q[..., ::size, :] if _takes_triton(q) else first_of_blocks(q, size)
+        else:
+            of_queries = _summaries(q, size, False)[0]
+        of_keys, squares = _summaries(k, size, self.budget is not None)
+        of_coarse = of_keys[:, :, :0]
+        if config.coarse_factor is not None:
+            of_coarse = _summaries(k, size * config.coarse_factor, False)[0]
+        return [of_queries, of_keys, squares, of_coarse]
 
     def _choose(
         self,
@@ -240,10 +242,28 @@ class BlockSparseAdaptive(nn.Module):
         The pattern is bool unless it is `trained`.
         """
         config = self.config
-        factor = 1.0 + torch.zeros_like(of_queries[..., 0])
+        factor = None
         if self.budget is not None:
             needed = self.budget(of_queries, of_keys, squares, budget.candidates)
             factor = 1.0 + config.budget_range * needed
+        if not (trained or self.training) and self._in_one_launch(of_queries, of_keys):
+            from adms.attention.block_sparse.selection_triton import choose_blocks
+
+            wanted = budget.wanted
+            if factor is not None:
+                wanted = torch.maximum(budget.adaptive * factor, budget.least)
+            chosen, shares = choose_blocks(
+                self.scorer,
+                of_queries,
+                of_keys,
+                wanted,
+                budget.candidates,
+                budget.local,
+                budget.pairs,
+            )
+            return chosen, shares.sum(-1)
+        if factor is None:
+            factor = torch.ones_like(of_queries[..., 0])
         scores = self.scorer(of_queries, of_keys, budget.candidates)
         weights = budget.local.to(scores.dtype)
         fine = budget.adaptive
@@ -252,12 +272,20 @@ class BlockSparseAdaptive(nn.Module):
             coarse = self._choose_coarse(of_queries, of_coarse, budget, factor, hard)
             fine = fine - budget.coarse * config.coarse_factor
             weights = 1.0 - (1.0 - weights) * (1.0 - coarse)
-        # A row must attend to something, also where the budget rounds to nothing.
-        least = (~budget.local.any(-1) & (budget.coarse == 0)).to(scores.dtype)
-        chosen = self._select(scores, torch.maximum(fine * factor, least), allowed, hard)
+        wanted = torch.maximum(fine * factor, budget.least)
+        chosen = self._select(scores, wanted, allowed, hard)
         weights = 1.0 - (1.0 - weights) * (1.0 - chosen)
-        density = weights.sum((-1, -2)) / budget.allowed.sum()
+        density = weights.sum((-1, -2)) / budget.pairs
         return (weights if trained else weights > 0.5), density
+
+    def _in_one_launch(self, of_queries: Tensor, of_keys: Tensor) -> bool:
+        """Whether the choice without noise and gradients is to be made by the Triton kernel."""
+        if self.config.coarse_factor is not None or not _takes_triton(of_queries):
+            return False
+        from adms.attention.block_sparse.selection_triton import scores_fit
+
+        wide = torch.float64 in (of_queries.dtype, of_keys.dtype)
+        return not wide and scores_fit(self.scorer, of_keys.shape[2])
 
     def _choose_coarse(
         self, of_queries: Tensor, of_keys: Tensor, budget: Budget, factor: Tensor, hard: bool
@@ -293,3 +321,20 @@ class BlockSparseAdaptive(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what can be neither copied nor pickled: graphs of either kind."""
         return {**self.__dict__, "_density": None, "_replay": Replay()}
+
+
+def _takes_triton(x: Tensor) -> bool:
+    """Whether kernels without gradients and in dtypes of their own can serve here."""
+    plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled()
+    return x.is_cuda and plain and has_triton()
+
+
+def _summaries(x: Tensor, block_size: int, squares: bool) -> tuple[Tensor, Tensor]:
+    """Means [B, H, J, D] of blocks of x [B, H, N, D], and if asked for mean squares, else none."""
+    if _takes_triton(x):
+        from adms.attention.block_sparse.selection_triton import block_summaries, summaries_fit
+
+        if summaries_fit(x):
+            return block_summaries(x, block_size, squares)
+    means = summarize_blocks(x, block_size)
+    return means, block_mean_squares(x, block_size) if squares else means[..., :0]

@@ -68,8 +68,7 @@ class Replay:
             if len(self._recordings) > _MOST_RECORDINGS:
                 self._recordings.popitem(last=False)
         self._recordings.move_to_end(key)
-        for own, given in zip(recording.inputs, inputs, strict=True):
-            own.copy_(given)
+        torch._foreach_copy_(recording.inputs, inputs)
         recording.graph.replay()
         return tuple(output.clone() for output in recording.outputs)
 

@@ -12,8 +12,9 @@ from torch.nn.functional import gelu, pad
 
 from adms.errors import ADMSValueError
 
-# Elements of the pair scorer's hidden layer at a time where no graph must be kept: 64 MiB.
-_HIDDEN_ELEMENTS = 2**24
+# Elements of the pair scorer's hidden layer at a time where no graph must be kept: 1 MiB, within a
+# core's cache, and on devices with many 64 MiB.
+_HIDDEN_ELEMENTS = {"cpu": 2**18}
 
 
 def summarize_blocks(x: Tensor, block_size: int) -> Tensor:
@@ -143,8 +144,8 @@ class ImportanceScorer(nn.Module):
         from_queries = self.query_layer(q_summary).unsqueeze(3)
         rows = from_queries.shape[2]
         if not torch.is_grad_enabled():
-            per_row = max(1, from_keys.numel())
-            rows = max(1, _HIDDEN_ELEMENTS // per_row)
+            most = _HIDDEN_ELEMENTS.get(q_summary.device.type, 2**24)
+            rows = max(1, most // max(1, from_keys.numel()))
         parts = []
         for part in from_queries.split(rows, 2):
             hidden = part + from_keys
