@@ -1,5 +1,9 @@
 """Random entries and codes for the kernels' tests."""
 
+import dataclasses
+import os
+from typing import Any
+
 import torch
 
 from adms import ADMSConfig
@@ -7,6 +11,24 @@ from adms.compressors.base import COMPRESSORS, Coder, LayerContext
 from adms.compressors.tables import CodeTables, Projection
 from adms.entries import Entries, TokenShape
 from adms.kernels.parts import CodedPart, ExactPart
+
+# Where Triton's kernels run: on a GPU, or on the CPU in its interpreter.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RUNS_TRITON = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def moved(given: Any, device: torch.device) -> Any:
+    """Tensors, or parts made of them, on a device."""
+    if isinstance(given, torch.Tensor):
+        return given.to(device)
+    if isinstance(given, list | tuple):
+        return type(given)(moved(one, device) for one in given)
+    if dataclasses.is_dataclass(given) and not isinstance(given, type):
+        fields = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
+        return dataclasses.replace(
+            given, **{name: moved(value, device) for name, value in fields.items()}
+        )
+    return given
 
 
 def draw(*shape: int, seed: int) -> torch.Tensor:
