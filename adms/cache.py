@@ -634,7 +634,7 @@ class ADMSKVCache(Cache):
             # Until the counts follow, tensors and counts speak of different rows.
             self._broken = True
             if self.step is not None:
-                self.step.stale = True
+                self.step.stale = self.step.moved = True
             for layer in self.layers:
                 layer.reorder_cache(rows)
             self.timeline = timeline.of_rows(order)

@@ -186,8 +186,9 @@ class Calibration:
             )
         for index, layer in self.layers.items():
             prefix = f"{index}."
+            # Kernels read row by row.
             layer.tensors = {
-                name.removeprefix(prefix): part
+                name.removeprefix(prefix): part.contiguous()
                 for name, part in state.items()
                 if name.startswith(prefix)
             }

@@ -83,15 +83,12 @@ class Basis(ABC):
         """The transform of header parts, a row each."""
 
     @abstractmethod
-    def projection(
-        self, parts: list[torch.Tensor], gain_start: int, dtype: torch.dtype
-    ) -> Projection:
-        """How kernels restore states from header parts, with as little made as possible.
+    def projection(self, parts: list[torch.Tensor], gain_start: int) -> Projection:
+        """How kernels restore states from header parts; views, nothing is made.
 
         Args:
             parts: of the header, a row each.
             gain_start: the gain's byte.
-            dtype: the model's.
         """
 
 
@@ -131,13 +128,10 @@ class FittedBasis(Basis):
         basis = (stored * scale[..., None])[:, None]
         return Transform(mean, basis, basis, deviation)
 
-    def projection(
-        self, parts: list[torch.Tensor], gain_start: int, dtype: torch.dtype
-    ) -> Projection:
+    def projection(self, parts: list[torch.Tensor], gain_start: int) -> Projection:
         """The basis as it is stored."""
-        mean, stored, scale, deviation = parts
-        factor = scale.float() * deviation.float()
-        return Projection(stored[:, None], factor[:, None], mean[:, None], gain_start, 0)
+        mean, basis, scale, deviation = (part[:, None] for part in parts)
+        return Projection(basis, scale, deviation, mean, gain_start, 0)
 
 
 class SharedBasis(Basis):
@@ -193,22 +187,21 @@ class SharedBasis(Basis):
         chosen = basis[block, index]
         return Transform(mean.float(), chosen * weight, chosen / weight, deviation.float())
 
-    def projection(
-        self, parts: list[torch.Tensor], gain_start: int, dtype: torch.dtype
-    ) -> Projection:
-        """Each row's choice of the shared directions, as integers where they have no weights."""
-        mean, order, deviation = parts
+    def projection(self, parts: list[torch.Tensor], gain_start: int) -> Projection:
+        """Each row's choice of the shared directions."""
+        mean, order, deviation = (part.unflatten(1, (self.blocks, -1)) for part in parts)
         tensors = self.calibration.on(mean.device)
-        index = order.long().unflatten(1, (self.blocks, -1))
-        block = torch.arange(self.blocks, device=mean.device)[:, None]
-        basis = tensors[f"{self.name}_basis"][block, index]
         weight = tensors.get(f"{self.name}_weight")
-        if weight is not None:
-            kind = torch.float32 if dtype.itemsize > 2 else torch.float16
-            basis = basis * weight.float().reciprocal().to(kind)[:, None]
-        scale = tensors[f"{self.name}_scale"].float()[block, index]
-        factor = scale * deviation.float().unflatten(1, (self.blocks, -1))
-        return Projection(basis, factor, mean.unflatten(1, (self.blocks, -1)), gain_start, 0)
+        return Projection(
+            tensors[f"{self.name}_basis"][None],
+            tensors[f"{self.name}_scale"][None],
+            deviation,
+            mean,
+            gain_start,
+            0,
+            rows=order,
+            weight=None if weight is None else weight[None],
+        )
 
 
 def _deviation(channels: torch.Tensor) -> torch.Tensor:

@@ -26,9 +26,9 @@ def shipped() -> tuple[torch.Tensor, tuple[float, ...]]:
 
 
 @lru_cache(maxsize=8)
-def codebooks_on(device: torch.device) -> torch.Tensor:
+def codebooks_on(device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The codebooks on a device."""
-    return shipped()[0].to(device)
+    return shipped()[0].to(device, dtype)
 
 
 def nearest(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:

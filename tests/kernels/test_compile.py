@@ -58,7 +58,7 @@ def kind(argument: Any) -> str:
         return "i32"
     names = {
         torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "i8",
-        torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
+        torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
     }  # fmt: skip
     return "*" + names[argument.dtype]
 
