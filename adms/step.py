@@ -24,7 +24,7 @@ from adms.kernels.decode_attention import decode_attention, write_token
 from adms.kernels.parts import CodedPart, ExactPart, is_among
 from adms.layer import ADMSLayer
 from adms.positions import ForwardView, MiddleView
-from adms.step_buffers import Held, Shared
+from adms.step_buffers import FULL, Held, Shared
 from adms.tiers.middle import MiddleTier
 from adms.timeline import ring_tokens
 
@@ -35,8 +35,6 @@ BACKEND: str | None = "inductor"
 # Compiled forms of one kind of layer, over all captures of a process.
 MOST_CAPTURED_LAYERS = 2**16
 Tables = tuple[CodeTables | None, CodeTables | None]
-# More than any stream has: the geometry of a full middle.
-FULL = 2**62
 
 
 class DecodeStep:
@@ -104,12 +102,6 @@ class DecodeStep:
     def captures(self) -> bool:
         """Whether a graph reads the buffers, which then stay where they are."""
         return self.device.type == "cuda"
-
-    def release(self) -> None:
-        """Lets go of what the next step makes anew, where nothing was captured."""
-        if not self.captures:
-            self.held = self.inputs = self.output = self.key = None
-            self.tables = []
 
     # --- a pass ----------------------------------------------------------------------------------
 

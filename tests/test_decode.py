@@ -11,6 +11,7 @@ import adms.decode
 import adms.step
 from adms import ADMSKVCache, enable_adms_llm, enable_streaming_llm
 from adms.errors import ADMSValueError
+from adms.step_buffers import planned_bytes
 from tests.streams import feed, random_ids, reachable_bytes, small_cache, tiny_llama
 
 # Steps are made for no device, or for the CPU in every phase.
@@ -81,6 +82,52 @@ def test_passes_of_other_lengths_in_between(budget: int, monkeypatch: pytest.Mon
         assert cache.nbytes <= cache.max_nbytes
     assert cache.step is not None
     assert_close(results[1], results[0], atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("captures", [False, True])
+@pytest.mark.parametrize("budget", [0, 160])
+def test_bytes_stay_within_a_plan_that_never_grows(
+    budget: int, captures: bool, static: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A captured step keeps its buffers while chunks pass, another one does not."""
+    monkeypatch.setattr(adms.step.DecodeStep, "captures", captures)
+    model = tiny_llama()
+    cache = small_cache(model, compressed_budget=budget, recent_size=40)
+    theirs = enable_streaming_llm(model, start_size=4, recent_size=budget + 40)
+    feed(model, random_ids(3, 40), cache)
+    feed(model, random_ids(3, 1), theirs)
+    bound, seen, widths = theirs.max_nbytes, [], []
+
+    def look(_: Any, args: Any, output: torch.Tensor) -> None:
+        seen.append(cache.nbytes)
+        widths.append(output.shape[1])
+
+    handle = model.model.norm.register_forward_hook(look)
+    for size in (1, 1, 200, 1, 300, *[1] * 12, 130):
+        feed(model, random_ids(3, size), cache, step=1 if size == 1 else 0)
+        step = cache.step
+        if step is not None:
+            geometry = cache.layers[0].middle.plan.geometry if budget else None
+            planned = planned_bytes(
+                cache.sizes, geometry, batch=3, layers=2, elements=64, hidden_bytes=64 * 4
+            )
+            held = sum(part.untyped_storage().nbytes() for part in step.tensors())
+            assert held <= planned
+        seen.append(cache.nbytes)
+        assert cache.max_nbytes <= bound
+    handle.remove()
+    assert max(seen) <= bound
+    assert (cache.step is not None) == captures
+    assert (max(widths) < cache.sizes.chunk) == captures
+
+
+def test_a_step_needs_the_place_of_a_chunk(static: None) -> None:
+    model = tiny_llama()
+    cache = small_cache(model, prefill_chunk_size=4)
+    feed(model, random_ids(1, 400), cache)
+    feed(model, random_ids(1, 1), cache)
+    assert cache.step is None
+    assert cache.step_obstacle is not None and "raise prefill_chunk_size" in cache.step_obstacle
 
 
 def test_generate_with_beams(monkeypatch: pytest.MonkeyPatch) -> None:

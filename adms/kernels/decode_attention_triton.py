@@ -132,7 +132,7 @@ class _Branches:
 
     def __exit__(self, *error: object) -> None:
         for stream in self.used:
-            self.main.wait_stream(stream)
+            torch.cuda.current_stream(stream.device).wait_stream(stream)
 
 
 @functools.cache
