@@ -35,6 +35,8 @@ logger = logging.getLogger("adms")
 
 # Added to a channel's query power, relative to the mean, so that no weight is zero.
 QUERY_FLOOR = 0.01
+# Of a channel's query power, so that its root is a float16 and no tiny one.
+WEIGHT_RANGE = (1e-6, 1e8)
 # The model's own texts: tokens of each, those at the start that are like sinks and not counted,
 # and how many counted tokens there are for each channel of a basis.
 OWN_TOKENS = 32
@@ -61,6 +63,7 @@ class Moments:
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     count: int = 0
     queries: torch.Tensor | None = None
+    num_queries: int = 0
 
     def add(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Counts tokens ``[B, K, N, D]`` and ``[B, K, N, E]``, before positions."""
@@ -72,9 +75,10 @@ class Moments:
 
     def add_queries(self, queries: torch.Tensor) -> None:
         """Counts queries ``[B, H, N, D]`` as keys meet them: at other positions than their own."""
-        power = queries.float().square().mean((0, 2))
+        power = queries.float().square().sum((0, 2))
         power = power.unflatten(0, (self.shape.num_heads, -1)).mean(1)
         self.queries = power if self.queries is None else self.queries + power
+        self.num_queries += queries.shape[0] * queries.shape[2]
 
     def _add(self, name: str, part: torch.Tensor) -> None:
         self.sums[name] = self.sums[name] + part if name in self.sums else part
@@ -84,9 +88,9 @@ class Moments:
         power = self.queries
         if power is None:
             power = self.sums["key_sum"].new_ones(self.shape.num_heads, self.shape.key_dim)
-        power = power.reshape(blocks, -1)
-        weight = (power + QUERY_FLOOR * power.mean()).clamp(min=1e-12).sqrt()
-        weight = (weight / weight.square().mean().sqrt()).half()
+        power = power.reshape(blocks, -1) / max(1, self.num_queries)
+        weight = (power + QUERY_FLOOR * power.mean()).clamp(WEIGHT_RANGE[0], WEIGHT_RANGE[1])
+        weight = weight.sqrt().half()
         key_basis, key_scale = self._basis("key", weight.float())
         value_basis, value_scale = self._basis("value", None)
         return {

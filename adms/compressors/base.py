@@ -131,6 +131,15 @@ class Coder(ABC):
         """
         return None
 
+    def log_weight(self, header: torch.Tensor, record_bytes: int) -> torch.Tensor | None:
+        """What ``decode`` adds to the scores of all entries of a head: ``[B, K]``, None for zero.
+
+        Args:
+            header: ``[B, header_bytes]``.
+            record_bytes: bytes of the records that are read.
+        """
+        return None
+
     def tables(self, header: torch.Tensor, record_bytes: int) -> "CodeTables | None":
         """How kernels read records without ``decode``, or None where they cannot.
 

@@ -82,6 +82,10 @@ class Basis(ABC):
     def read(self, parts: list[torch.Tensor]) -> Transform:
         """The transform of header parts, a row each."""
 
+    def query_power(self, device: torch.device) -> torch.Tensor | None:
+        """Mean squares ``[J]`` of the queries that will read keys, or None if nobody knows."""
+        return None
+
     @abstractmethod
     def projection(self, parts: list[torch.Tensor], gain_start: int) -> Projection:
         """How kernels restore states from header parts; views, nothing is made.
@@ -167,6 +171,11 @@ class SharedBasis(Basis):
         if weight is None:
             return basis, basis.new_ones(1, 1, 1)
         return basis, weight.float()[:, None]
+
+    def query_power(self, device: torch.device) -> torch.Tensor | None:
+        """Of the queries seen by the calibration."""
+        weight = self.calibration.on(device).get(f"{self.name}_weight")
+        return None if weight is None else weight.float().square().flatten()
 
     def fit(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Mean, which channels of each block, their deviations."""

@@ -7,6 +7,10 @@ the bytes of a token where they remove most error, which is water-filling in ste
 order every prefix of a code is a coarser code, and old tokens keep only a prefix. A gain per token
 (one byte for keys, one for values) adapts to tokens larger than the rest.
 
+What a code leaves out of a key makes the scores of coded tokens too even: on average over queries,
+``exp(q k)`` is ``exp(q c)`` of the code ``c`` times ``exp`` of half the variance of ``q (k - c)``.
+Each head's mean of that half is the log-weight of its coded entries.
+
 Shapes: ``B`` rows, ``K`` KV heads, ``N`` tokens, ``J`` channels over all heads (``K * D`` of keys,
 ``K * E`` of values), ``C`` coded channels, ``G = C / 8`` groups, ``T`` bytes of a token.
 """
@@ -24,7 +28,7 @@ from adms.compressors.base import (
     unpack,
 )
 from adms.compressors.basis import GAIN_STEPS, Transform, basis_for
-from adms.compressors.codebooks import GROUP, WORDS, codebooks_on, nearest, shipped
+from adms.compressors.codebooks import GROUP, WORDS, assign, codebooks_on, shipped
 from adms.compressors.quantized import DEFAULT_STAGES, QuantizedCoder
 from adms.compressors.tables import CodeTables, views
 from adms.entries import Entries
@@ -43,6 +47,12 @@ COARSE_SHARE = 0.5
 # Weight of a value's relative error against a key's; measured (docs/middle-tier.md).
 VALUE_WEIGHT = 0.3
 GAIN_BYTES = 2
+# The lengths of a token's code, as the header's log-weights come.
+FORMS = ("cut", "whole", "fine")
+# Tokens on which the errors of codes are measured, and the largest log-weight: of errors beyond it
+# an expansion to second order says nothing.
+MEASURED_TOKENS = 512
+MOST_WEIGHT = 0.5
 
 
 class LowRankCoder(Coder):
@@ -72,6 +82,7 @@ class LowRankCoder(Coder):
         self.layout = (
             *self.keys.layout,
             *self.values.layout,
+            (torch.float16, (len(FORMS), shape.num_heads)),
             (torch.int16, (self.most_codes,)),
             (torch.uint8, (self.most_codes,)),
         )
@@ -87,12 +98,42 @@ class LowRankCoder(Coder):
     # --- fitting -----------------------------------------------------------------------------
 
     def fit(self, entries: Entries, queries: torch.Tensor | None = None) -> torch.Tensor:
-        """Means, channels, deviations and the allocation: ``[1, header_bytes]``."""
+        """Means, channels, deviations, allocation and log-weights: ``[1, header_bytes]``."""
         keys, values = _flatten(entries.keys)[0], _flatten(entries.values)[0]
         key_parts = self.keys.fit(keys[-self.fit_tokens :])
         value_parts = self.values.fit(values[-self.fit_tokens :])
         group, stage = self._allocate(key_parts[-1], value_parts[-1])
-        return pack(*(part[None] for part in (*key_parts, *value_parts, group, stage)))
+        transforms = [part[None] for part in (*key_parts, *value_parts)]
+        allocation = (group[None], stage[None])
+        unknown = keys.new_zeros(1, len(FORMS), self.shape.num_heads)
+        header = pack(*transforms, unknown.half(), *allocation)
+        weights = self._measure(header, entries)
+        return pack(*transforms, weights.half(), *allocation)
+
+    def _measure(self, header: torch.Tensor, entries: Entries) -> torch.Tensor:
+        """Log-weights ``[1, forms, K]``: half the variance of the scores of what codes leave out.
+
+        Source: the second-order term of a cumulant expansion; queries are those of the calibration.
+        """
+        power = self.keys.query_power(header.device)
+        if power is None:
+            return torch.zeros(1, len(FORMS), self.shape.num_heads, device=header.device)
+        last = Entries(
+            entries.keys[:, :, -MEASURED_TOKENS:], entries.values[:, :, -MEASURED_TOKENS:]
+        )
+        records = self.encode(header, last)
+        power = power.view(1, self.shape.num_heads, 1, -1)
+        halves = []
+        for size in (self.coarse_bytes, self.record_bytes, self.fine_bytes):
+            error = last.keys.float() - self.decode(header, records[..., :size]).keys.float()
+            variance = (error.square() * power).sum(3).mean(2) / self.shape.key_dim
+            halves.append(0.5 * variance)
+        return torch.stack(halves, dim=1).clamp(max=MOST_WEIGHT)
+
+    def log_weight(self, header: torch.Tensor, record_bytes: int) -> torch.Tensor:
+        """See ``Coder``."""
+        form = 2 if record_bytes > self.record_bytes else int(record_bytes == self.record_bytes)
+        return views(header, *self.layout)[-3][:, form]
 
     def _allocate(
         self, key_deviation: torch.Tensor, value_deviation: torch.Tensor
@@ -120,7 +161,7 @@ class LowRankCoder(Coder):
         parts = unpack(header, *self.layout)
         split = len(self.keys.layout)
         for_keys = self.keys.read(parts[:split])
-        for_values = self.values.read(parts[split:-2])
+        for_values = self.values.read(parts[split:-3])
         return for_keys, for_values, parts[-2].long(), parts[-1].long()
 
     # --- coding --------------------------------------------------------------------------------
@@ -132,18 +173,15 @@ class LowRankCoder(Coder):
         for_keys, for_values, group, stage = self._read(header)
         key_channels, key_gain = for_keys.project(_flatten(entries.keys))
         value_channels, value_gain = for_values.project(_flatten(entries.values))
-        residual = torch.cat([key_channels, value_channels], dim=2).unflatten(2, (-1, GROUP))
-        books = codebooks_on(residual.device)
-        codes = []
-        for book in books:
-            index = nearest(residual, book)
-            residual = residual - book[index]
-            codes.append(index)
-        # [B, N, stages, G] -> the bytes that the allocation asks for.
-        every = torch.stack(codes, dim=2).flatten(2)
-        where = stage.clamp(max=len(books) - 1) * residual.shape[2] + group
-        chosen = every.gather(2, where[:, None].expand(-1, every.shape[1], -1))
-        return torch.cat([key_gain, value_gain, chosen.to(torch.uint8)], dim=2)
+        channels = torch.cat([key_channels, value_channels], dim=2).unflatten(2, (-1, GROUP))
+        count, groups = channels.shape[1:3]
+        # A record's codes are the first of the allocation, and should be the best for its length.
+        kept = _stages(group[:, : self.code_bytes], stage[:, : self.code_bytes], groups)
+        codes = assign(channels.transpose(1, 2), kept, _stages(group, stage, groups))
+        # [B, stages, G, N] -> the bytes that the allocation asks for.
+        where = stage.clamp(max=codes.shape[1] - 1) * groups + group
+        chosen = codes.flatten(1, 2).gather(1, where[..., None].expand(-1, -1, count))
+        return torch.cat([key_gain, value_gain, chosen.transpose(1, 2)], dim=2)
 
     def decode(self, header: torch.Tensor, records: torch.Tensor) -> Entries:
         """Keys and values in the model's dtype."""
@@ -153,9 +191,11 @@ class LowRankCoder(Coder):
         keys = for_keys.restore(channels[..., :split], records[..., :1])
         values = for_values.restore(channels[..., split:], records[..., 1:2])
         heads = self.shape.num_heads
+        weight = self.log_weight(header, records.shape[2])
         return Entries(
             keys.unflatten(2, (heads, -1)).transpose(1, 2).to(self.dtype),
             values.unflatten(2, (heads, -1)).transpose(1, 2).to(self.dtype),
+            weight.float()[..., None].expand(-1, -1, records.shape[1]),
         )
 
     def tables(self, header: torch.Tensor, record_bytes: int) -> CodeTables:
@@ -163,7 +203,7 @@ class LowRankCoder(Coder):
         parts = views(header, *self.layout)
         split = len(self.keys.layout)
         for_keys = self.keys.projection(parts[:split], 0)
-        for_values = self.values.projection(parts[split:-2], 1)
+        for_values = self.values.projection(parts[split:-3], 1)
         group, stage = parts[-2].long(), parts[-1].long()
         stages, groups = len(shipped()[0]), (self.keys.channels + self.values.channels) // GROUP
         # A record holds the first codes of the allocation.
@@ -177,7 +217,14 @@ class LowRankCoder(Coder):
         )
         offsets.scatter_(1, index, at.expand(len(header), -1))
         offsets = offsets[:, :-1].unflatten(1, (stages, groups))
-        return CodeTables(offsets, record_bytes, for_keys, for_values, gain_steps=GAIN_STEPS)
+        return CodeTables(
+            offsets,
+            record_bytes,
+            for_keys,
+            for_values,
+            gain_steps=GAIN_STEPS,
+            log_weight=self.log_weight(header, record_bytes),
+        )
 
     def _channels(
         self, codes: torch.Tensor, group: torch.Tensor, stage: torch.Tensor
@@ -194,6 +241,14 @@ class LowRankCoder(Coder):
             stage[:, None, :] < len(books)
         )
         return torch.einsum("bgt,bntc->bngc", member.to(words.dtype), words).flatten(2)
+
+
+def _stages(group: torch.Tensor, stage: torch.Tensor, groups: int) -> torch.Tensor:
+    """How many stages each group has ``[B, G]`` in an allocation ``[B, T]``."""
+    real = (stage < len(shipped()[0])).long()
+    return torch.zeros(len(group), groups, dtype=torch.long, device=group.device).scatter_add_(
+        1, group, real
+    )
 
 
 def _flatten(states: torch.Tensor) -> torch.Tensor:

@@ -85,6 +85,7 @@ class CodeTables:
         keys, values: from channels to states, over the same number of blocks.
         half_gain: gains are two bytes of float16; else one byte of ``gain_steps`` per doubling.
         gain_steps: steps per doubling of a gain of one byte, whose zero is 128.
+        log_weight: ``[R, K]`` numbers added to the scores of each KV head; None: zero.
     """
 
     offsets: torch.Tensor
@@ -93,10 +94,11 @@ class CodeTables:
     values: Projection
     half_gain: bool = False
     gain_steps: int = 8
+    log_weight: torch.Tensor | None = None
 
-    def cut(self, record_bytes: int) -> "CodeTables":
-        """The tables of records that end earlier."""
-        return dataclasses.replace(self, record_bytes=record_bytes)
+    def cut(self, record_bytes: int, log_weight: torch.Tensor | None) -> "CodeTables":
+        """The tables of records that end earlier, with the log-weight of those."""
+        return dataclasses.replace(self, record_bytes=record_bytes, log_weight=log_weight)
 
     def coded(self) -> torch.Tensor:
         """Which groups have a code in which stage: ``[R, stages, groups]``."""

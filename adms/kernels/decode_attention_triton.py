@@ -18,13 +18,13 @@ from adms.errors import ADMSValueError
 from adms.kernels import tiles as kernels
 from adms.kernels.parts import CodedPart, ExactPart
 
-BRANCHES = True
-CODED_REGISTERS: int | None = None
 # Entries of a tile.
-EXACT_TILE = 64
+EXACT_TILE = 32
 CODED_TILE = 32
+# Registers of a thread, so that three programs share a multiprocessor: looking codes up is waiting
+# for memory (docs/performance.md).
+CODED_REGISTERS = 168
 # Coded channels that are looked up at a time, and elements of a program's heads together.
-CODED_WARPS = 4
 CHUNK = 32
 MOST_COLUMNS = 256
 # Tiles and elements that a program of the merge adds up at a time.
@@ -120,7 +120,7 @@ class _Branches:
 
     def next(self) -> contextlib.AbstractContextManager[Any]:
         """A stream of its own for what is launched inside."""
-        if self.main is None or not BRANCHES:
+        if self.main is None:
             return contextlib.nullcontext()
         stream = _stream(self.main.device, len(self.used))
         stream.wait_stream(self.main)
@@ -184,7 +184,7 @@ def _coded(
     share = kv_heads // keys.blocks
     heads = min(triton.next_power_of_2(share), max(1, MOST_COLUMNS // (2 * half)))
     heads = max(heads, LEAST // half)
-    order, hidden = part.order, part.hidden
+    order, hidden, log_weight = part.order, part.hidden, tables.log_weight
     if order is None or hidden is None:
         order = hidden = None
     marks = 0 if hidden is None else hidden.shape[1]
@@ -193,10 +193,12 @@ def _coded(
     books = codebooks_on(query.device, torch.float32 if single else torch.float16)
     kernels.coded_tiles[tiles, keys.blocks * triton.cdiv(share, heads), query.shape[0]](
         *asked, part.records, tables.offsets, books, *_tensors(keys), *_tensors(values),
+        tables.offsets if log_weight is None else log_weight,
         part.cos, part.sin, part.valid.view(torch.uint8),
         tables.offsets if order is None else order, tables.offsets if hidden is None else hidden,
         *partial, *asked_strides, *part.records.stride()[:2], tables.record_bytes,
         _row_stride(tables.offsets), tables.offsets.stride(1), *_numbers(keys), *_numbers(values),
+        0 if log_weight is None else _row_stride(log_weight),
         _row_stride(part.cos), part.cos.stride(1), _row_stride(part.valid),
         0 if order is None else _row_stride(order), 0 if hidden is None else _row_stride(hidden),
         marks, part.records.shape[1], *numbers[:2], keys.blocks, numbers[2], **shared,
@@ -204,10 +206,10 @@ def _coded(
         STAGES=tables.offsets.shape[1], SHARE=share, HEADS=heads,
         K_CHOSEN=keys.rows is not None, K_WEIGHTED=keys.weight is not None,
         V_CHOSEN=values.rows is not None, V_WEIGHTED=values.weight is not None,
-        HALF=tables.half_gain, STEPS=tables.gain_steps,
+        BIASED=log_weight is not None, HALF=tables.half_gain, STEPS=tables.gain_steps,
         HIDDEN=triton.next_power_of_2(marks) if marks else 0,
-        CODE_KIND=tl.float32 if single else tl.float16, num_warps=CODED_WARPS,
-        **({} if CODED_REGISTERS is None else {"maxnreg": CODED_REGISTERS}),
+        CODE_KIND=tl.float32 if single else tl.float16,
+        **({} if single else {"maxnreg": CODED_REGISTERS}),
     )  # fmt: skip
 
 

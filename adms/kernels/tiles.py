@@ -104,15 +104,6 @@ def exact_tiles(
 
 
 @triton.jit
-def _word(records, books, at_record, held, offset, stage, TILE: tl.constexpr, WIDTH: tl.constexpr):
-    """Codewords ``[TILE, WIDTH, 8]`` of one stage, zeros where ``offset [WIDTH]`` is negative."""
-    coded = held[:, None] & (offset >= 0)[None, :]
-    code = tl.load(records + at_record[:, None] + offset[None, :], mask=coded, other=0)
-    word = ((stage * 256 + code.to(tl.int32)) * 8)[:, :, None] + tl.arange(0, 8)[None, None, :]
-    return tl.load(books + word, mask=coded[:, :, None], other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _offsets(offsets, stage, group, some, record_bytes, offset_stage):
     """Bytes ``[WIDTH]`` that hold the codes of some groups in a stage; negative: there is none."""
     found = tl.load(offsets + stage * offset_stage + group, mask=some, other=-1)
@@ -120,23 +111,61 @@ def _offsets(offsets, stage, group, some, record_bytes, offset_stage):
 
 
 @triton.jit
+def _codes(records, at_record, held, offset):
+    """Codes ``[TILE, WIDTH]`` at those bytes."""
+    coded = held[:, None] & (offset >= 0)[None, :]
+    return tl.load(records + at_record[:, None] + offset[None, :], mask=coded, other=0)
+
+
+@triton.jit
+def _words(books, code, held, offset, stage):
+    """Codewords ``[TILE, WIDTH, 8]`` of a stage, zeros where there is no code."""
+    coded = held[:, None] & (offset >= 0)[None, :]
+    word = ((stage * 256 + code.to(tl.int32)) * 8)[:, :, None] + tl.arange(0, 8)[None, None, :]
+    return tl.load(books + word, mask=coded[:, :, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _channels(
-    records, offsets, books, at_record, held, group, some, record_bytes, offset_stage,
+    records, offsets, books, at_record, held, group, some, first, record_bytes, offset_stage,
     STAGES: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Channels ``[TILE, 8 * WIDTH]`` of ``WIDTH`` groups: the sum of their stages' codewords."""
-    total = tl.zeros([TILE, WIDTH, 8], dtype=tl.float32)
-    # Two stages at a time wait for memory together. Neighbours in variance have about as many
-    # stages, most of them few.
-    for stage in tl.static_range(0, STAGES, 2):
-        one = _offsets(offsets, stage, group, some, record_bytes, offset_stage)
-        if stage + 1 < STAGES:
-            two = _offsets(offsets, stage + 1, group, some, record_bytes, offset_stage)
-            if tl.max(tl.maximum(one, two), axis=0) >= 0:
-                total += _word(records, books, at_record, held, one, stage, TILE, WIDTH)
-                total += _word(records, books, at_record, held, two, stage + 1, TILE, WIDTH)
-        elif tl.max(one, axis=0) >= 0:
-            total += _word(records, books, at_record, held, one, stage, TILE, WIDTH)
+    """Channels ``[TILE, 8 * WIDTH]`` of ``WIDTH`` groups: the sum of their stages' codewords.
+
+    Written in the order in which loads should leave: what does not follow from another load waits
+    for memory together. Few groups have more than two stages. ``first`` are the first one's bytes.
+    """
+    second = tl.full([WIDTH], -1, dtype=tl.int32)
+    third = second
+    if STAGES > 1:
+        second = _offsets(offsets, 1, group, some, record_bytes, offset_stage)
+    if STAGES > 2:
+        third = _offsets(offsets, 2, group, some, record_bytes, offset_stage)
+    code = _codes(records, at_record, held, first)
+    if STAGES > 1:
+        other = _codes(records, at_record, held, second)
+        total = _words(books, code, held, first, 0) + _words(books, other, held, second, 1)
+    else:
+        total = _words(books, code, held, first, 0)
+    if STAGES > 2:  # noqa: SIM102, which of the two the compiler decides
+        if tl.max(third, axis=0) >= 0:
+            code = _codes(records, at_record, held, third)
+            if STAGES > 3:
+                fourth = _offsets(offsets, 3, group, some, record_bytes, offset_stage)
+                code_4 = _codes(records, at_record, held, fourth)
+            if STAGES > 4:
+                fifth = _offsets(offsets, 4, group, some, record_bytes, offset_stage)
+                code_5 = _codes(records, at_record, held, fifth)
+            if STAGES > 5:
+                sixth = _offsets(offsets, 5, group, some, record_bytes, offset_stage)
+                code_6 = _codes(records, at_record, held, sixth)
+            total += _words(books, code, held, third, 2)
+            if STAGES > 3:
+                total += _words(books, code_4, held, fourth, 3)
+            if STAGES > 4:
+                total += _words(books, code_5, held, fifth, 4)
+            if STAGES > 5:
+                total += _words(books, code_6, held, sixth, 5)
     return tl.reshape(total, [TILE, 8 * WIDTH])
 
 
@@ -174,21 +203,21 @@ def coded_tiles(
     query, q_cos, q_sin, records, offsets, books,
     k_basis, k_scale, k_deviation, k_mean, k_rows, k_weight,
     v_basis, v_scale, v_deviation, v_mean, v_rows, v_weight,
-    cos, sin, valid, order, hidden, maxima, sums, totals,
+    log_weight, cos, sin, valid, order, hidden, maxima, sums, totals,
     q_row, q_head, qt_row, r_row, r_entry, record_bytes, offset_row, offset_stage,
     k_basis_row, k_basis_block, k_basis_channel, k_scale_row, k_scale_block, k_deviation_row,
     k_deviation_block, k_mean_row, k_mean_block, k_rows_row, k_rows_block, k_weight_row,
     k_weight_block, k_gain, k_gain_block, k_channels,
     v_basis_row, v_basis_block, v_basis_channel, v_scale_row, v_scale_block, v_deviation_row,
     v_deviation_block, v_mean_row, v_mean_block, v_rows_row, v_rows_block, v_weight_row,
-    v_weight_block, v_gain, v_gain_block, v_channels,
+    v_weight_block, v_gain, v_gain_block, v_channels, log_row,
     t_row, t_entry, valid_row, order_row, hidden_row, num_hidden, count, first_tile, tiles, blocks,
     scaling,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr,
     CHUNK: tl.constexpr, STAGES: tl.constexpr, SHARE: tl.constexpr, HEADS: tl.constexpr,
     K_CHOSEN: tl.constexpr, K_WEIGHTED: tl.constexpr, V_CHOSEN: tl.constexpr,
-    V_WEIGHTED: tl.constexpr, HALF: tl.constexpr, STEPS: tl.constexpr, HIDDEN: tl.constexpr,
-    KIND: tl.constexpr, CODE_KIND: tl.constexpr,
+    V_WEIGHTED: tl.constexpr, BIASED: tl.constexpr, HALF: tl.constexpr, STEPS: tl.constexpr,
+    HIDDEN: tl.constexpr, KIND: tl.constexpr, CODE_KIND: tl.constexpr,
 ):  # fmt: skip
     """Tiles of codes; a program for ``HEADS`` of the ``SHARE`` KV heads of a block."""
     tile, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
@@ -212,30 +241,32 @@ def coded_tiles(
     there = j // F < own_heads
     k1 = tl.zeros([TILE, HEADS * F], dtype=tl.float32)
     k2 = tl.zeros([TILE, HEADS * F], dtype=tl.float32)
+    group = block * (k_channels // 8) + tl.arange(0, width)
+    last = (block + 1) * (k_channels // 8)
+    ahead = _offsets(offsets, 0, group, group < last, record_bytes, offset_stage)
     for start in range(0, k_channels, CHUNK):
         c = start + tl.arange(0, CHUNK)
-        group = start // 8 + tl.arange(0, width)
-        some = group * 8 < k_channels
-        group += block * (k_channels // 8)
-        first = _offsets(offsets, 0, group, some, record_bytes, offset_stage)
+        first, some, own_group = ahead, group < last, group
+        group += width
+        ahead = _offsets(offsets, 0, group, group < last, record_bytes, offset_stage)
         if tl.max(first, axis=0) >= 0:
-            coded = _channels(
-                records, offsets, books, at_record, held, group, some, record_bytes, offset_stage,
-                STAGES, TILE, width,
-            )  # fmt: skip
             inside = c < k_channels
             starts, factor = _directions(
                 k_basis, k_scale, k_deviation, k_rows, row, block, c, inside, k_basis_row,
                 k_basis_block, k_basis_channel, k_scale_row, k_scale_block, k_deviation_row,
                 k_deviation_block, k_rows_row, k_rows_block, K_CHOSEN,
             )  # fmt: skip
-            coded = (coded * factor[None, :]).to(CODE_KIND)
             element = starts[:, None] + column[None, :]
             mask = inside[:, None] & there[None, :]
-            b1 = tl.load(element, mask=mask, other=0).to(CODE_KIND)
-            b2 = tl.load(element + F, mask=mask, other=0).to(CODE_KIND)
-            k1 = tl.dot(coded, b1, k1, input_precision="ieee")
-            k2 = tl.dot(coded, b2, k2, input_precision="ieee")
+            b1 = tl.load(element, mask=mask, other=0)
+            b2 = tl.load(element + F, mask=mask, other=0)
+            coded = _channels(
+                records, offsets, books, at_record, held, own_group, some, first, record_bytes,
+                offset_stage, STAGES, TILE, width,
+            )  # fmt: skip
+            coded = (coded * factor[None, :]).to(CODE_KIND)
+            k1 = tl.dot(coded, b1.to(CODE_KIND), k1, input_precision="ieee")
+            k2 = tl.dot(coded, b2.to(CODE_KIND), k2, input_precision="ieee")
     gain = _gain(records, at_record, held, k_gain + block * k_gain_block, HALF, STEPS)
     k1, k2 = k1 * gain[:, None], k2 * gain[:, None]
     if K_WEIGHTED:
@@ -246,6 +277,11 @@ def coded_tiles(
     k1 += tl.load(at, mask=there, other=0.0).to(tl.float32)[None, :]
     k2 += tl.load(at + F, mask=there, other=0.0).to(tl.float32)[None, :]
     score = _scores(q1, q2, k1, k2, cos, sin, n, held, row, t_row, t_entry, scaling, F, HEADS, KIND)
+    g = tl.arange(0, P)
+    own = g < own_heads * G
+    if BIASED:
+        at = log_weight + row * log_row + kv + g // G
+        score += tl.load(at, mask=own, other=0.0).to(tl.float32)[:, None]
     shown = held & (tl.load(valid + row * valid_row + n, mask=held, other=0) != 0)
     if HIDDEN:
         own_order = tl.load(order + row * order_row + n, mask=held, other=-1)
@@ -264,36 +300,36 @@ def coded_tiles(
     column = head * 2 * F + i
     there = i // (2 * F) < own_heads
     summed = tl.zeros([P, 2 * HEADS * F], dtype=tl.float32)
+    group = blocks * (k_channels // 8) + block * (v_channels // 8) + tl.arange(0, width)
+    last = blocks * (k_channels // 8) + (block + 1) * (v_channels // 8)
+    ahead = _offsets(offsets, 0, group, group < last, record_bytes, offset_stage)
     for start in range(0, v_channels, CHUNK):
         c = start + tl.arange(0, CHUNK)
-        group = start // 8 + tl.arange(0, width)
-        some = group * 8 < v_channels
-        group += blocks * (k_channels // 8) + block * (v_channels // 8)
-        first = _offsets(offsets, 0, group, some, record_bytes, offset_stage)
+        first, some, own_group = ahead, group < last, group
+        group += width
+        ahead = _offsets(offsets, 0, group, group < last, record_bytes, offset_stage)
         if tl.max(first, axis=0) >= 0:
-            coded = _channels(
-                records, offsets, books, at_record, held, group, some, record_bytes, offset_stage,
-                STAGES, TILE, width,
-            )  # fmt: skip
             inside = c < v_channels
             starts, factor = _directions(
                 v_basis, v_scale, v_deviation, v_rows, row, block, c, inside, v_basis_row,
                 v_basis_block, v_basis_channel, v_scale_row, v_scale_block, v_deviation_row,
                 v_deviation_block, v_rows_row, v_rows_block, V_CHOSEN,
             )  # fmt: skip
+            mask = inside[:, None] & there[None, :]
+            b = tl.load(starts[:, None] + column[None, :], mask=mask, other=0)
+            coded = _channels(
+                records, offsets, books, at_record, held, own_group, some, first, record_bytes,
+                offset_stage, STAGES, TILE, width,
+            )  # fmt: skip
             mean = tl.dot(weight, coded.to(CODE_KIND), input_precision="ieee")
             mean = (mean * factor[None, :]).to(CODE_KIND)
-            mask = inside[:, None] & there[None, :]
-            b = tl.load(starts[:, None] + column[None, :], mask=mask, other=0).to(CODE_KIND)
-            summed = tl.dot(mean, b, summed, input_precision="ieee")
+            summed = tl.dot(mean, b.to(CODE_KIND), summed, input_precision="ieee")
     summed *= size[:, None]
     if V_WEIGHTED:
         at = v_weight + row * v_weight_row + block * v_weight_block + column
         summed /= tl.load(at, mask=there, other=1.0).to(tl.float32)[None, :]
     at = v_mean + row * v_mean_row + block * v_mean_block + column
     summed += total[:, None] * tl.load(at, mask=there, other=0.0).to(tl.float32)[None, :]
-    g = tl.arange(0, P)
-    own = g < own_heads * G
     out = (row * H + kv * G + g) * tiles + first_tile + tile
     tl.store(maxima + out, most, mask=own)
     tl.store(sums + out, total, mask=own)

@@ -226,7 +226,7 @@ class MiddleTier:
         if coder.num_coarse or fine is None:
             return None, fine
         # A record is the start of a landmark's.
-        return fine.cut(coder.record_bytes), fine
+        return fine.cut(coder.record_bytes, coder.log_weight(header, coder.record_bytes)), fine
 
     def records(self) -> torch.Tensor:
         """All records ``[B, R, bytes]`` of rows that are coded, without a copy."""
@@ -561,7 +561,15 @@ def _join(parts: list[Entries]) -> Entries:
     return Entries(
         torch.cat([part.keys for part in parts], dim=2),
         torch.cat([part.values for part in parts], dim=2),
+        None if parts[0].log_weight is None else torch.cat(_weights(parts), dim=2),
     )
+
+
+def _weights(parts: list[Entries]) -> list[torch.Tensor]:
+    return [
+        part.keys.new_zeros(part.keys.shape[:3]) if part.log_weight is None else part.log_weight
+        for part in parts
+    ]
 
 
 def _take_row(entries: Entries, index: int, width: int) -> Entries:

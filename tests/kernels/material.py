@@ -132,6 +132,7 @@ def blocked_part(rows: int, heads: int, count: int, size: int, blocks: int) -> C
         )
 
     sides = side(channels, 0, True), side(value_channels, 1, blocks > 1)
-    tables = CodeTables(offsets.to(torch.int32), width - 3, *sides)
+    weight = torch.rand(rows, heads, generator=generator).half()
+    tables = CodeTables(offsets.to(torch.int32), width - 3, *sides, log_weight=weight)
     valid = torch.ones(1, count, dtype=torch.bool)
     return CodedPart(records, tables, *rotations(1, count, size, 5), valid)

@@ -34,7 +34,7 @@ class Recorder:
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
-        kwargs.pop("num_warps", None)
+        options = {name: kwargs.pop(name) for name in ("num_warps", "maxnreg") if name in kwargs}
         given = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
         constants = {
             (index,): given[parameter.name]
@@ -46,7 +46,7 @@ class Recorder:
             for parameter in self.kernel.params
         }
         source = ASTSource(self.kernel, signature, constants)
-        triton.compile(source, target=GPUTarget("cuda", 90, 32))
+        triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         self.calls += 1
 
 

@@ -71,6 +71,8 @@ def oracle(
                 score = turned @ asked * scaling
                 if isinstance(part, ExactPart) and part.log_weight is not None:
                     score = score + part.log_weight[row, kv].double()
+                if isinstance(part, CodedPart) and part.tables.log_weight is not None:
+                    score = score + part.tables.log_weight[row, kv].double()
                 scores.append(score[shown])
                 values.append(own[row, kv].double()[shown])
             out[row, head] = torch.cat(scores).softmax(0) @ torch.cat(values)
