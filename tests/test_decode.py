@@ -145,6 +145,23 @@ def test_generate_with_beams(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(found[0], found[1])
 
 
+def test_rows_change_places_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row has headers of its own, and with them other places of codes in a record."""
+    model, ids = tiny_llama(), random_ids(2, 320)
+    results = []
+    for phases in (EAGER, STATIC):
+        monkeypatch.setattr(adms.decode, "PHASES", phases)
+        cache = small_cache(model, recent_size=24)
+        feed(model, ids[:, :300], cache)
+        feed(model, ids[:, 300:310], cache, step=1)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        results.append(feed(model, ids[:, 310:], cache, step=1))
+    assert cache.step is not None and cache.step.phase == "coded"
+    tables = cache.step.tables[0][0]
+    assert tables is not None and not torch.equal(tables.offsets[0], tables.offsets[1])
+    assert_close(results[1], results[0], atol=2e-5, rtol=2e-5)
+
+
 def test_a_token_that_is_not_finite_is_taken_back(static: None) -> None:
     model, ids = tiny_llama(), random_ids(1, 60)
     cache, alone = (small_cache(model, recent_size=24) for _ in range(2))
