@@ -23,8 +23,6 @@ logger = logging.getLogger("adms")
 
 # Where static steps are worth it. A CPU captures nothing: they save it work on codes alone.
 PHASES = {"cuda": ("empty", "exact", "coded"), "cpu": ("coded",)}
-# Where "auto" takes them unasked.
-AUTOMATIC = frozenset({"cpu"})
 # Arguments of a decoder that a step knows to handle.
 KNOWN = frozenset(
     {"input_ids", "inputs_embeds", "position_ids", "attention_mask", "past_key_values"}
@@ -49,9 +47,6 @@ def advance(
     reason = _obstacle(cache, view, decoder, arguments)
     if kernel == "triton" and view.device.type != "cuda":
         reason = f"it is for CUDA, and the model is on {view.device.type}"
-    if reason is None and kernel == "auto" and view.device.type not in AUTOMATIC:
-        # Not before its results have been compared with the general way's on such a device.
-        return forward(**arguments)
     if reason is None:
         if cache.step is None or not cache.step.fits(cache):
             cache.step = DecodeStep(cache, decoder)
