@@ -36,7 +36,14 @@ WORTH_CODING = 1.5
 
 
 class PositionScheme(Protocol):
-    """How an architecture brings positions into attention."""
+    """How an architecture brings positions into attention.
+
+    Attributes:
+        weighs_sinks: whether sinks stand in for the beginning of a text that a stream has left
+            (``ForwardView.sink_weight``).
+    """
+
+    weighs_sinks: bool
 
     def tables(self, positions: torch.Tensor, like: torch.Tensor, queries: torch.Tensor) -> Any:
         """What ``rotate`` needs for ``positions [B, N]``, in the dtype of ``like``.

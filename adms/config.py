@@ -14,6 +14,8 @@ ANCHOR_MODES = ("grid", "mean", "hybrid")
 # 1% of the longest context, rounded down: 2048 -> 20, 8192 -> 81, 16384 -> 163, 32768 -> 327.
 DYNAMIC_SINK_DIVISOR = 100
 MIN_RECENT = 1
+# What decides how many sinks there are.
+SINK_PARAMETERS = frozenset({"start_size", "enable_dynamic_sink", "max_seq_length"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,8 @@ class ADMSConfig:
     16-bit tokens per KV head, in which a compressor may hold many more tokens.
 
     Attributes:
-        start_size: attention sinks, the first tokens of the stream, kept exactly.
+        start_size: attention sinks, the first tokens of the stream, kept exactly; where it is left
+            at its default, a family of models may have a better one (ALiBi: 8).
         max_seq_length: longest context expected; only sizes the dynamic sink.
         enable_dynamic_sink: use 1% of ``max_seq_length`` (rounded down, at least ``start_size``)
             as the number of sinks.
@@ -232,13 +235,19 @@ class Sizes:
         return self.max_positions - self.sink - self.ring - self.chunk
 
 
-def resolve_sizes(config: ADMSConfig, max_positions: int | None, block: int = 1) -> Sizes:
+def resolve_sizes(
+    config: ADMSConfig,
+    max_positions: int | None,
+    block: int = 1,
+    default_sinks: int | None = None,
+) -> Sizes:
     """Fits a configuration to a trained length.
 
     Args:
         config: the configuration.
         max_positions: positions the model was trained on; None where any distance works (ALiBi).
         block: tokens that the compressor codes together.
+        default_sinks: sinks where none were asked for; None: the configuration's default.
 
     Returns:
         Sizes whose sink, recent tier, middle (at least one position per budgeted token) and chunk
@@ -252,15 +261,24 @@ def resolve_sizes(config: ADMSConfig, max_positions: int | None, block: int = 1)
     if config.compressed_budget:
         # What waits is charged to the budget, so it can never be more than that.
         interval = min(max(config.compression_interval, block), config.compressed_budget)
+    sinks = config.sink_size
+    if default_sinks is not None and not config.explicit & SINK_PARAMETERS:
+        sinks = default_sinks
+        logger.info(
+            "start_size resolves to %d instead of the default %d, which serves this family better "
+            "in a stream",
+            sinks,
+            config.sink_size,
+        )
     values = {
-        "sink": config.sink_size,
+        "sink": sinks,
         "recent": config.recent_size,
         "budget": config.compressed_budget,
         "chunk": config.prefill_chunk_size,
     }
     if max_positions is not None:
         given = {
-            "sink": bool(config.explicit & {"start_size", "enable_dynamic_sink", "max_seq_length"}),
+            "sink": bool(config.explicit & SINK_PARAMETERS),
             "recent": "recent_size" in config.explicit,
             "budget": "compressed_budget" in config.explicit,
             "chunk": "prefill_chunk_size" in config.explicit,

@@ -115,7 +115,12 @@ class Installation:
                 )
             compressor, gates = put_gate(compressor, layers.adaptive_update, model)
         block = compressor.block_tokens(config) if compressor is not None else 1
-        sizes = resolve_sizes(config, self.family.max_positions(decoder.config), block)
+        sizes = resolve_sizes(
+            config,
+            self.family.max_positions(decoder.config),
+            block,
+            self.family.default_sinks(decoder.config),
+        )
 
         uses = compressor is not None and compressor.uses_calibration
         if calibration is not None and not uses:

@@ -8,12 +8,18 @@ Shapes: ``B`` rows (1 where all rows agree), ``N`` entries of a tier, ``Q`` new 
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
 
 from adms.config import Sizes
 from adms.timeline import Timeline, ring_tokens
+
+# An ALiBi model's sinks keep their share of attention among this many entries, and weigh more among
+# more; faster than in proportion, since the distance to them grows too (docs/alibi-streams.md).
+SINK_ENTRIES = 64
+SINK_GROWTH = 1.25
 
 
 @dataclass(frozen=True)
@@ -250,6 +256,27 @@ class ForwardView:
     def _recent_start(self, geometry: MiddleGeometry | None) -> torch.Tensor:
         sinks = self.evicted.clamp(max=self.sizes.sink).float()
         return sinks + (self._span(geometry) if geometry is not None else 0.0)
+
+    def sink_weight(self, geometry: MiddleGeometry | None) -> list[float] | None:
+        """Log-weight of a sink in each row; None where all are 0.
+
+        Every token of a stream has the whole window before it; in the texts of training many had
+        little, and a model rests its attention on those. Sinks stand in for them once tokens were
+        forgotten or coded; as long as all are exact they are tokens like others.
+        """
+        sink = self.sizes.sink
+        weights = []
+        for row in range(self.rows):
+            total = self.timeline.middle_tokens(row)
+            gone, held = total, 0
+            if geometry is not None:
+                held = geometry.num_entries(total)
+                gone = total if geometry.is_coded(total) else total - held
+            entries = self.timeline.seen[row] - total + held
+            most = (entries / SINK_ENTRIES) ** SINK_GROWTH
+            # Tokens that went must be there to stand in for, so the weight starts at 1.
+            weights.append(math.log(max(1.0, min(most, 1 + gone / max(sink, 1)))))
+        return weights if sink and any(weights) else None
 
     # --- the middle ------------------------------------------------------------------------------
 

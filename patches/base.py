@@ -33,6 +33,8 @@ class RotaryScheme:
         layer_type: which of the embedding's sets of frequencies, where it has several.
     """
 
+    weighs_sinks = False
+
     def __init__(
         self, embedding: nn.Module, apply: Callable[..., Any], layer_type: str | None = None
     ) -> None:
@@ -76,6 +78,8 @@ class RotaryScheme:
 class PlainScheme:
     """Keys and queries as they are: positions enter elsewhere, or as a bias of a subclass."""
 
+    weighs_sinks = False
+
     def tables(self, positions: torch.Tensor, like: torch.Tensor, queries: torch.Tensor) -> None:
         """Nothing."""
 
@@ -88,6 +92,10 @@ class PlainScheme:
     ) -> torch.Tensor | None:
         """None."""
         return None
+
+
+# Sinks of an ALiBi model by default; measured (docs/alibi-streams.md).
+ALIBI_SINKS = 8
 
 
 class Slopes:
@@ -143,6 +151,10 @@ class Family(ABC):
     def max_positions(self, config: Any) -> int | None:
         """Positions the model was trained on; None where any distance works."""
         return int(config.max_position_embeddings)
+
+    def default_sinks(self, config: Any) -> int | None:
+        """Sinks where none were asked for; None leaves that to the configuration."""
+        return None
 
     def dtype(self, decoder: nn.Module) -> torch.dtype:
         """The dtype that the decoder computes in, quantised layers aside."""

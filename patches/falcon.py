@@ -16,6 +16,7 @@ from adms.binding import LayerKind
 from adms.cache import ADMSKVCache
 from adms.entries import TokenShape
 from adms.patches.base import (
+    ALIBI_SINKS,
     FAMILIES,
     Family,
     PlainScheme,
@@ -34,6 +35,8 @@ class FalconAlibi(PlainScheme):
         attention: one of the model's attention modules.
         dtype: the model's.
     """
+
+    weighs_sinks = True
 
     def __init__(self, attention: Any, dtype: torch.dtype) -> None:
         build = modeling_function(attention, "build_alibi_tensor")
@@ -93,6 +96,10 @@ class FalconFamily(Family):
     def max_positions(self, config: Any) -> int | None:
         """ALiBi takes any distance."""
         return None if config.alibi else int(config.max_position_embeddings)
+
+    def default_sinks(self, config: Any) -> int | None:
+        """More with ALiBi."""
+        return ALIBI_SINKS if config.alibi else None
 
     def attentions(self, decoder: Any) -> list[nn.Module]:
         """``h[i].self_attention``."""

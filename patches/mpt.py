@@ -14,6 +14,7 @@ from adms.binding import LayerKind
 from adms.cache import ADMSKVCache
 from adms.entries import TokenShape
 from adms.patches.base import (
+    ALIBI_SINKS,
     FAMILIES,
     Family,
     PlainScheme,
@@ -32,6 +33,8 @@ class MptAlibi(PlainScheme):
     Args:
         attention: one of the model's attention modules.
     """
+
+    weighs_sinks = True
 
     def __init__(self, attention: Any) -> None:
         build = modeling_function(attention, "build_mpt_alibi_tensor")
@@ -77,6 +80,10 @@ class MptFamily(Family):
     def max_positions(self, config: Any) -> int | None:
         """ALiBi takes any distance."""
         return None
+
+    def default_sinks(self, config: Any) -> int | None:
+        """More than with rotary positions."""
+        return ALIBI_SINKS
 
     def attentions(self, decoder: Any) -> list[nn.Module]:
         """``blocks[i].attn``."""

@@ -58,6 +58,12 @@ def read_report(path: Path) -> tuple[str, dict[str, list[bool]]]:
     return str(versions.pop()), results
 
 
+def row_start(family: Family) -> str:
+    """A family's row up to the versions."""
+    types = ", ".join(f"`{name}`" for name in family.model_types)
+    return f"| {family.name} | {types} | {family.positions} | {family.exact} |"
+
+
 def table(reports: list[tuple[str, dict[str, list[bool]]]]) -> str:
     """The table in Markdown."""
     lines = [
@@ -74,11 +80,7 @@ def table(reports: list[tuple[str, dict[str, list[bool]]]]) -> str:
             },
             key=Version,
         )
-        types = ", ".join(f"`{name}`" for name in family.model_types)
-        versions = ", ".join(passed) or "none"
-        lines.append(
-            f"| {family.name} | {types} | {family.positions} | {family.exact} | {versions} |"
-        )
+        lines.append(f"{row_start(family)} {', '.join(passed) or 'none'} |")
     return "\n".join(lines)
 
 

@@ -345,10 +345,10 @@ def _bias(
     weighted = any(part.entries.log_weight is not None for part in parts)
     if has_landmarks or weighted:
         # These differ between layers.
-        return _make_bias(scheme, view, parts, query_positions, query, span)
+        return _make_bias(scheme, view, geometry, parts, query_positions, query, span)
     key = ("bias", geometry, id(scheme), query.device, query.dtype, span)
     if key not in view.shared:
-        view.shared[key] = _make_bias(scheme, view, parts, query_positions, query, span)
+        view.shared[key] = _make_bias(scheme, view, geometry, parts, query_positions, query, span)
     return view.shared[key]  # type: ignore[return-value]
 
 
@@ -409,6 +409,7 @@ def _blocks(
 def _make_bias(
     scheme: PositionScheme,
     view: ForwardView,
+    geometry: MiddleGeometry | None,
     parts: list[Part],
     query_positions: torch.Tensor,
     query: torch.Tensor,
@@ -436,6 +437,7 @@ def _make_bias(
         return None
     if fresh is None and not view.in_ring:
         fresh = _causal(view, device)
+    sinks = view.sink_weight(geometry) if scheme.weighs_sinks else None
     columns = []
     for index, part in enumerate(parts):
         width = part.entries.num_entries
@@ -445,6 +447,10 @@ def _make_bias(
         piece = torch.zeros(1, 1, 1, width, device=device, dtype=dtype)
         if weight is not None:
             piece = piece + weight[:, :, None].to(dtype)
+        if index == 0 and sinks is not None:
+            # Tokens have left the exact tiers, so the exact part is the first and has the sinks.
+            piece = piece.repeat(len(sinks), 1, 1, 1)
+            piece[..., : view.sizes.sink] += torch.tensor(sinks, device=device)[:, None, None, None]
         if mask is not None:
             allowed = mask if mask.dim() == 4 else mask[:, :, None]
             piece = torch.where(allowed, piece, lowest)

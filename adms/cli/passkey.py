@@ -30,6 +30,13 @@ def main(
         str, typer.Option(help="Where the fact stands, 0 (start) to 1 (end).")
     ] = "0.3,0.5,0.7",
     trials: Annotated[int, typer.Option(min=1, help="Questions for each length and depth.")] = 5,
+    together: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Trials read at a time, as rows of a batch, for a GPU. Baselines take one.",
+        ),
+    ] = 1,
     methods: options.Methods = f"{FULL},{STREAMING},{ADMS}",
     start_size: options.StartSize = 4,
     compressed_budget: options.CompressedBudget = options.DEFAULT_BUDGETS,
@@ -66,6 +73,7 @@ def main(
             lengths=options.numbers(lengths, int, "--lengths"),
             depths=options.numbers(depths, float, "--depths"),
             trials=trials,
+            together=together,
             seed=seed,
             dtype=dtype,
             device=device,

@@ -120,7 +120,7 @@ def measure(
             material.question,
             chunk=chunk,
             max_new_tokens=needles.answer_tokens(tokenizer, material.key),
-        )
+        )[0]
         bar.update(total - bar.n)
     outcome = Outcome(
         method=method,

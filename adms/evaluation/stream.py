@@ -4,7 +4,7 @@ Shapes: ``N`` tokens, ``V`` vocabulary.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,22 @@ def read(
 
 
 @torch.no_grad()
+def read_only(
+    model: PreTrainedModel, method: Method, ids: torch.Tensor, *, chunk: int
+) -> Iterator[tuple[int, int]]:
+    """Reads texts ``[B, N]`` of one length through a cache, without losses.
+
+    Yields:
+        After each chunk its tokens and the bytes of the cache.
+    """
+    ids = ids.to(model.device)
+    for start in range(0, ids.shape[1], chunk):
+        piece = ids[:, start : start + chunk]
+        model(piece, past_key_values=method.cache, logits_to_keep=1)
+        yield piece.shape[1], method.nbytes
+
+
+@torch.no_grad()
 def answer(
     model: PreTrainedModel,
     method: Method,
@@ -110,25 +126,25 @@ def answer(
     chunk: int,
     max_new_tokens: int,
 ) -> torch.Tensor:
-    """Reads a question and answers greedily.
+    """Reads questions and answers greedily.
 
     Args:
         model: the model.
-        method: an opened method; it has read what the question is about.
-        ids: ``[1, N]``, the question.
+        method: an opened method; it has read what the questions are about.
+        ids: ``[B, N]``, questions of one length.
         chunk: tokens of one forward pass.
-        max_new_tokens: length of the answer.
+        max_new_tokens: length of the answers.
 
     Returns:
-        ``[max_new_tokens]`` ids.
+        ``[B, max_new_tokens]`` ids.
     """
     ids = ids.to(model.device)
     for start in range(0, ids.shape[1], chunk):
         logits = model(
             ids[:, start : start + chunk], past_key_values=method.cache, logits_to_keep=1
         ).logits
-    produced = [logits[0, -1].argmax()]
+    produced = [logits[:, -1:].argmax(-1)]
     while len(produced) < max_new_tokens:
-        logits = model(produced[-1].view(1, 1), past_key_values=method.cache).logits
-        produced.append(logits[0, -1].argmax())
-    return torch.stack(produced).cpu()
+        logits = model(produced[-1], past_key_values=method.cache).logits
+        produced.append(logits[:, -1:].argmax(-1))
+    return torch.cat(produced, dim=1).cpu()

@@ -27,15 +27,18 @@ from adms.evaluation.run_folder import Arrays, Row
 from adms.evaluation.settings import PERPLEXITY, SPEED, Evaluation, short_name
 from adms.evaluation.speed import measure_speed
 from adms.evaluation.statistics import perplexity
-from adms.evaluation.stream import answer, check_length, read
+from adms.evaluation.stream import answer, check_length, read, read_only
 from adms.evaluation.texts import collect_ids, decode_ids
 
 Progress = Callable[[int], object]
 
+# Methods that can read several trials as rows of a batch.
+READS_ROWS = (ADMS, STREAMING, FULL)
+
 
 @dataclass(frozen=True)
 class Unit:
-    """One piece of work: a task with one method on one sample."""
+    """One piece of work: a task with one method on one sample, or on ``count`` trials together."""
 
     key: str
     task: str
@@ -44,6 +47,7 @@ class Unit:
     sample: int = 0
     length: int = 0
     depth: float = 0.0
+    count: int = 1
 
     @property
     def label(self) -> str:
@@ -77,6 +81,7 @@ def _of_task(
         ]
     if task == SPEED:
         return [Unit(stem, task, method, config)]
+    together = evaluation.together if method in READS_ROWS else 1
     return [
         Unit(
             f"{stem}/n{length}/d{depth:.3f}/t{trial:03d}",
@@ -86,10 +91,11 @@ def _of_task(
             trial,
             length,
             depth,
+            min(together, evaluation.trials - trial),
         )
         for length in evaluation.lengths
         for depth in evaluation.depths
-        for trial in range(evaluation.trials)
+        for trial in range(0, evaluation.trials, together)
     ]
 
 
@@ -162,14 +168,16 @@ class Bench:
                 raise
             row.setdefault("label", unit.method)
             return [{**row, "note": str(error)}], {}
-        return [{**row, **found}], arrays
+        return [{**row, **one} for one in found], arrays
 
-    def _measure(self, unit: Unit, method: Method, on_chunk: Progress) -> tuple[Row, Arrays]:
+    def _measure(self, unit: Unit, method: Method, on_chunk: Progress) -> tuple[list[Row], Arrays]:
         match unit.task:
             case "perplexity":
-                return self._perplexity(unit, method, on_chunk)
+                row, arrays = self._perplexity(unit, method, on_chunk)
+                return [row], arrays
             case "speed":
-                return self._speed(unit, method, on_chunk)
+                row, arrays = self._speed(unit, method, on_chunk)
+                return [row], arrays
             case _:
                 return self._retrieval(unit, method, on_chunk), {}
 
@@ -200,33 +208,45 @@ class Bench:
         }
         return row, arrays
 
-    def _retrieval(self, unit: Unit, method: Method, on_chunk: Progress) -> Row:
+    def _retrieval(self, unit: Unit, method: Method, on_chunk: Progress) -> list[Row]:
         check_length(method, unit.length)
         chunk = self._chunk(unit)
-        seed = self.evaluation.seed * 1000 + unit.sample
-        # Every trial has its own filler text and its own facts.
-        filler = self.ids(self.evaluation.offset + unit.sample * unit.length, unit.length)
-        trial = needles.make_trial(
-            self.tokenizer, filler, unit.task, length=unit.length, depth=unit.depth, seed=seed
-        )
-        trace = read(self.model, method, trial.text, chunk=chunk, on_chunk=on_chunk)
+        trials = [self._trial(unit, unit.sample + index) for index in range(unit.count)]
+        texts = torch.cat([trial.text for trial in trials])
+        held = []
+        for read_tokens, nbytes in read_only(self.model, method, texts, chunk=chunk):
+            on_chunk(read_tokens)
+            held.append(nbytes)
         produced = answer(
             self.model,
             method,
-            trial.question,
+            torch.cat([trial.question for trial in trials]),
             chunk=chunk,
-            max_new_tokens=needles.answer_tokens(self.tokenizer, trial.answer),
+            max_new_tokens=max(
+                needles.answer_tokens(self.tokenizer, trial.answer) for trial in trials
+            ),
         )
-        return {
-            "sample": unit.sample,
-            "chunk": chunk,
-            "depth": unit.depth,
-            "correct": needles.is_correct(self.tokenizer, produced, trial.answer),
-            "expected": trial.answer,
-            "reply": " ".join(decode_ids(self.tokenizer, produced).split()),
-            "cache_bytes": max(trace.nbytes),
-            "max_bytes": method.max_nbytes,
-        }
+        return [
+            {
+                "sample": unit.sample + index,
+                "chunk": chunk,
+                "depth": unit.depth,
+                "correct": needles.is_correct(self.tokenizer, ids, trial.answer),
+                "expected": trial.answer,
+                "reply": " ".join(decode_ids(self.tokenizer, ids).split()),
+                "cache_bytes": max(held) // unit.count,
+                "max_bytes": method.max_nbytes,
+            }
+            for index, (trial, ids) in enumerate(zip(trials, produced, strict=True))
+        ]
+
+    def _trial(self, unit: Unit, sample: int) -> needles.Trial:
+        """Every trial has its own filler text and its own facts."""
+        filler = self.ids(self.evaluation.offset + sample * unit.length, unit.length)
+        seed = self.evaluation.seed * 1000 + sample
+        return needles.make_trial(
+            self.tokenizer, filler, unit.task, length=unit.length, depth=unit.depth, seed=seed
+        )
 
     def _speed(self, unit: Unit, method: Method, on_chunk: Progress) -> tuple[Row, Arrays]:
         one = self.evaluation

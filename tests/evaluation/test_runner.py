@@ -307,3 +307,29 @@ def test_unwritable_folder(tmp_path: Path) -> None:
 def test_settings_are_checked(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ADMSValueError, match=message):
         small(Path("model"), Path("text"), **changes)
+
+
+def test_trials_read_together_answer_as_alone(
+    tiny_model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    rows = []
+    for together in (1, 3):
+        evaluation = small(
+            tiny_model_folder,
+            text_file,
+            tasks=("passkey",),
+            lengths=(200,),
+            depths=(0.2, 0.7),
+            trials=4,
+            together=together,
+        )
+        folder = tmp_path / str(together)
+        run_evaluation(evaluation, folder, command="the command")
+        rows.append(rows_of(folder))
+    assert len(rows[0]) == 4 * 2 * 4
+    for alone, together in zip(*rows, strict=True):
+        # A batch shares what does not depend on its rows, so a row's part of the bytes is less.
+        for name in ("cache_bytes", "max_bytes"):
+            one, part = alone.pop(name), together.pop(name)
+            assert one == part or 0.9 * float(one) < float(part) <= float(one)
+        assert alone == together

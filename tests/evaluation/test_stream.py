@@ -75,7 +75,7 @@ def test_answers_are_greedy(loaded) -> None:  # type: ignore[no-untyped-def]
             expected = torch.cat([expected, following], dim=1)
     with open_method(model, "full", CONFIG) as method:
         produced = answer(model, method, ids, chunk=8, max_new_tokens=5)
-    assert produced.tolist() == expected[0, 30:].tolist()
+    assert produced.tolist() == expected[:, 30:].tolist()
 
 
 def test_equal_memory_holds_and_is_checked(loaded) -> None:  # type: ignore[no-untyped-def]
