@@ -217,8 +217,9 @@ class ADMSKVCache(Cache):
             if not isinstance(layer, ADMSLayer)
         ]
         self._in_flight = {}
-        if self.step is not None and columns > 1:
-            self.step.release()
+        if self.step is not None and columns > 1 and not self.step.captures:
+            # A chunk's tokens need the place; a new one is made in no time.
+            self.step = None
         # In this order: a view without its timeline is nothing, and rollback sees that.
         self.view = view
         self.timeline = timeline
@@ -444,20 +445,22 @@ class ADMSKVCache(Cache):
         layers = sum(
             binding.max_layer_bytes(index, layer) for index, layer in enumerate(self.layers)
         )
-        return layers * max(batch, 1) + self._span_bytes + self._step_excess
+        return layers * max(batch, 1) + self._span_bytes
 
     @property
-    def _step_excess(self) -> int:
-        """What a step holds beyond the place that a chunk's tokens may take at other times."""
-        if self.step is None or self.step.captures:
-            return self._step_bytes
+    def token_nbytes(self) -> int:
+        """Bytes of one token of every row while its pass is under way, in all layers."""
         slots = self.sizes.sink + self.sizes.ring
-        staged = sum(
-            part.nbytes // slots * self.sizes.chunk
-            for layer in self.layers
-            for part in layer.exact.tensors()
-        )
-        return max(0, self._step_bytes - staged)
+        layers = [layer for layer in self.layers if isinstance(layer, ADMSLayer)]
+        exact = [part for layer in layers if layer.exact for part in layer.exact.tensors()]
+        return sum(part.nbytes // slots for part in exact)
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Most tokens of a pass: a captured step keeps its buffers in the place of some."""
+        if self.step is None or not self.step.captures:
+            return self.sizes.chunk
+        return self.sizes.chunk - -(-self._step_bytes // self.token_nbytes)
 
     @property
     def shared_nbytes(self) -> int:
@@ -548,7 +551,7 @@ class ADMSKVCache(Cache):
             # Until the counts follow, tensors and counts speak of different rows.
             self._broken = True
             if self.step is not None:
-                self.step.stale = True
+                self.step.stale = self.step.moved = True
             for layer in self.layers:
                 layer.reorder_cache(rows)
             self.timeline = timeline.of_rows(order)

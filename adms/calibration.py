@@ -144,6 +144,14 @@ class Calibration:
             for name, part in (layer.tensors or {}).items()
         }
 
+    def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and dtypes of what ``state()`` gives once fitted."""
+        return {
+            f"{index}.{name}": (tuple(shape), dtype)
+            for index, layer in self.layers.items()
+            for name, (shape, dtype) in _layout(self.shapes[index], layer).items()
+        }
+
     def equals(self, other: "Calibration") -> bool:
         """Whether both hold the same tensors."""
         mine, theirs = self.state(), other.state()
@@ -158,11 +166,7 @@ class Calibration:
             ADMSValueError: names, shapes or dtypes are not those of this model, or a number is not
                 finite.
         """
-        expected = {
-            f"{index}.{name}": (tuple(shape), dtype)
-            for index, layer in self.layers.items()
-            for name, (shape, dtype) in _layout(self.shapes[index], layer).items()
-        }
+        expected = self.layout()
         found = {name: (tuple(part.shape), part.dtype) for name, part in state.items()}
         if found != expected:
             name = next(
@@ -182,8 +186,9 @@ class Calibration:
             )
         for index, layer in self.layers.items():
             prefix = f"{index}."
+            # Kernels read row by row.
             layer.tensors = {
-                name.removeprefix(prefix): part
+                name.removeprefix(prefix): part.contiguous()
                 for name, part in state.items()
                 if name.startswith(prefix)
             }

@@ -16,14 +16,13 @@ from adms.kernels.decode_attention import rotate
 from adms.layer import ADMSLayer
 from adms.positions import ForwardView
 from adms.step import DecodeStep, phase_of
+from adms.step_buffers import planned_bytes
 from adms.tiers.head_landmarks import HeadLandmarkStore
 
 logger = logging.getLogger("adms")
 
 # Where static steps are worth it. A CPU captures nothing: they save it work on codes alone.
 PHASES = {"cuda": ("empty", "exact", "coded"), "cpu": ("coded",)}
-# Where "auto" takes them unasked.
-AUTOMATIC = frozenset({"cpu"})
 # Arguments of a decoder that a step knows to handle.
 KNOWN = frozenset(
     {"input_ids", "inputs_embeds", "position_ids", "attention_mask", "past_key_values"}
@@ -45,12 +44,9 @@ def advance(
     view, kernel = cache.require_view(), cache.binding_for_use.kernel
     if view.columns != 1 or kernel == "torch" or not cache.is_initialized:
         return forward(**arguments)
-    reason = _obstacle(cache, view, arguments)
+    reason = _obstacle(cache, view, decoder, arguments)
     if kernel == "triton" and view.device.type != "cuda":
         reason = f"it is for CUDA, and the model is on {view.device.type}"
-    if reason is None and kernel == "auto" and view.device.type not in AUTOMATIC:
-        # Not before its results have been compared with the general way's on such a device.
-        return forward(**arguments)
     if reason is None:
         if cache.step is None or not cache.step.fits(cache):
             cache.step = DecodeStep(cache, decoder)
@@ -75,7 +71,9 @@ def advance(
     return forward(**arguments)
 
 
-def _obstacle(cache: ADMSKVCache, view: ForwardView, arguments: dict[str, Any]) -> str | None:
+def _obstacle(
+    cache: ADMSKVCache, view: ForwardView, decoder: nn.Module, arguments: dict[str, Any]
+) -> str | None:
     """Why this pass cannot be a static step; None where it can."""
     binding, timeline = cache.binding_for_use, view.timeline
     if cache.layer_class is not ADMSLayer:
@@ -114,6 +112,10 @@ def _obstacle(cache: ADMSKVCache, view: ForwardView, arguments: dict[str, Any]) 
         schemes = {id(kind.scheme) for kind in binding.kinds}
         if len(schemes) > 1 or not _turns_halves(binding.kinds[0].scheme, layers[0]):
             return "positions enter otherwise than by turning the two halves of a head"
+        if _planned_bytes(cache, decoder) > cache.token_nbytes * (binding.sizes.chunk - 1):
+            return (
+                "its buffers would take more than the tokens of a chunk; raise prefill_chunk_size"
+            )
     middle = cache.layers[0].middle
     totals = [timeline.middle_tokens(row) for row in range(timeline.batch_size)]
     phases = {phase_of(middle, total) for total in totals}
@@ -122,6 +124,23 @@ def _obstacle(cache: ADMSKVCache, view: ForwardView, arguments: dict[str, Any]) 
     if not phases <= set(PHASES[view.device.type]):
         return f"nothing is coded yet, and the model is on {view.device.type}"
     return None
+
+
+def _planned_bytes(cache: ADMSKVCache, decoder: nn.Module) -> int:
+    """What a step would keep, in the place of some of a chunk's tokens."""
+    layer, timeline = cache.layers[0], cache.timeline
+    if timeline is None:
+        raise RuntimeError("a step was planned for a cache without tokens")
+    keys, values = layer.exact.keys, layer.exact.values
+    config: Any = decoder.config
+    return planned_bytes(
+        cache.sizes,
+        None if layer.middle is None else layer.middle.plan.geometry,
+        batch=timeline.batch_size,
+        layers=len(cache.layers),
+        elements=keys.shape[1] * (keys.shape[3] + values.shape[3]),
+        hidden_bytes=config.get_text_config().hidden_size * keys.element_size(),
+    )
 
 
 def _form(layer: ADMSLayer) -> object:

@@ -200,8 +200,8 @@ def enable_adms_llm(
         sparse_prefill: makes chunks of more than one token attend to the blocks that matter most
             to them, in this cache; None attends to everything. It is no part of a saved session.
         kernel: what decodes single tokens: "triton" (fused kernels in a captured CUDA graph, or an
-            error), "torch" (PyTorch alone), or "auto" (static buffers on a CPU where the middle is
-            coded; PyTorch alone on CUDA until the fused kernels have been verified there).
+            error), "torch" (PyTorch alone), or "auto" (the same on CUDA where it can be, static
+            buffers on a CPU where the middle is coded, else PyTorch alone).
         **parameters: parameters of ``ADMSConfig``.
 
     Returns:

@@ -19,11 +19,12 @@ from torch import nn
 
 from adms.attention.tiered import landmark_positions
 from adms.cache import ADMSKVCache
+from adms.compressors.tables import CodeTables
 from adms.kernels.decode_attention import decode_attention, write_token
 from adms.kernels.parts import CodedPart, ExactPart, is_among
 from adms.layer import ADMSLayer
 from adms.positions import ForwardView, MiddleView
-from adms.step_buffers import Held, Shared
+from adms.step_buffers import FULL, Held, Shared
 from adms.tiers.middle import MiddleTier
 from adms.timeline import ring_tokens
 
@@ -33,8 +34,7 @@ WARMUP_PASSES = 2
 BACKEND: str | None = "inductor"
 # Compiled forms of one kind of layer, over all captures of a process.
 MOST_CAPTURED_LAYERS = 2**16
-# More than any stream has: the geometry of a full middle.
-FULL = 2**62
+Tables = tuple[CodeTables | None, CodeTables | None]
 
 
 class DecodeStep:
@@ -75,6 +75,10 @@ class DecodeStep:
         self.key: object = None
         self.phase = "empty"
         self.held: Held | None = None
+        #: how each layer's codes and landmarks are read, once they are coded
+        self.tables: list[Tables] = []
+        #: whether rows have changed, and with them what the tables follow from
+        self.moved = False
         self.shared: Shared | None = None
         self.inputs: torch.Tensor | None = None
         self.graph: Any = None
@@ -88,6 +92,9 @@ class DecodeStep:
     def tensors(self) -> list[torch.Tensor]:
         """Everything that is kept between passes."""
         held = [] if self.held is None else self.held.tensors()
+        # Codes and landmarks may be read by the same.
+        found = [one.offsets for tables in self.tables for one in tables if one is not None]
+        held += list({id(part): part for part in found}.values())
         own = [self.flags, self.flags_host, self.inputs, getattr(self.output, "hidden", None)]
         return held + [part for part in own if part is not None]
 
@@ -95,11 +102,6 @@ class DecodeStep:
     def captures(self) -> bool:
         """Whether a graph reads the buffers, which then stay where they are."""
         return self.device.type == "cuda"
-
-    def release(self) -> None:
-        """Lets go of what the next step makes anew, where nothing was captured."""
-        if not self.captures:
-            self.held = self.inputs = self.output = self.key = None
 
     # --- a pass ----------------------------------------------------------------------------------
 
@@ -113,6 +115,7 @@ class DecodeStep:
         key = (view.rows, phase, name, given.dtype)
         if key != self.key:
             self.graph = self.output = self.held = None
+            self.tables = []
             self.key, self.phase, self.stale = key, phase, True
             self.inputs = torch.empty_like(given, memory_format=torch.contiguous_format)
         if self.inputs is None:
@@ -124,6 +127,7 @@ class DecodeStep:
                 self.held = found
             else:
                 self.held.take(found)
+            self._hold_tables()
             self.stale = False
         if self.graph is None:
             self._prepare(forward, {**arguments, name: self.inputs}, view)
@@ -207,6 +211,20 @@ class DecodeStep:
             self._hold_landmarks(held, view, found, middle)
         return held
 
+    def _hold_tables(self) -> None:
+        """How codes are read, which follows from headers alone: once, and when rows change."""
+        if self.phase != "coded" or (self.tables and not self.moved):
+            return
+        found = [layer.middle.tables() for layer in self.layers if layer.middle is not None]
+        if not self.tables:
+            self.tables = found
+        for before, after in zip(self.tables, found, strict=True):
+            for own, new in zip(before, after, strict=True):
+                if own is not None and new is not None and own is not new:
+                    # All else of them are views of the headers.
+                    own.offsets.copy_(new.offsets)
+        self.moved = False
+
     def _hold_landmarks(
         self, held: Held, view: ForwardView, found: MiddleView, middle: MiddleTier
     ) -> None:
@@ -275,7 +293,8 @@ class DecodeStep:
         parts = [ExactPart(exact.keys, exact.values, *shared.exact, shared.valid)]
         coded: list[CodedPart] = []
         if layer.middle is not None and self.phase != "empty":
-            self._add_middle(layer.middle, shared, parts, coded)
+            tables = self.tables[index] if self.tables else (None, None)
+            self._add_middle(layer.middle, tables, shared, parts, coded)
         output = decode_attention(
             query[:, :, 0], *shared.query, parts, coded, scaling=scaling, fused=self.fused
         )
@@ -284,6 +303,7 @@ class DecodeStep:
     def _add_middle(
         self,
         middle: MiddleTier,
+        found: Tables,
         shared: Shared,
         parts: list[ExactPart],
         coded: list[CodedPart],
@@ -293,7 +313,7 @@ class DecodeStep:
             raise RuntimeError("a middle before its buffers")
         hidden = held.hidden
         order = held.order if hidden is not None else None
-        tables, mark_tables = middle.tables() if self.phase == "coded" else (None, None)
+        tables, mark_tables = found
         if tables is not None:
             records = middle.records()[:, : held.valid.shape[1]]
             coded.append(CodedPart(records, tables, *shared.middle, held.valid, order, hidden))

@@ -8,6 +8,13 @@ import dataclasses
 
 import torch
 
+from adms.compressors.codebooks import GROUP, shipped
+from adms.config import Sizes
+from adms.positions import MiddleGeometry
+
+# More than any stream has: the geometry of a full middle.
+FULL = 2**62
+
 
 @dataclasses.dataclass
 class Held:
@@ -55,3 +62,36 @@ class Shared:
     valid: torch.Tensor
     middle: tuple[torch.Tensor, torch.Tensor]
     marks: tuple[torch.Tensor, torch.Tensor] | None
+
+
+def planned_bytes(
+    sizes: Sizes,
+    geometry: MiddleGeometry | None,
+    *,
+    batch: int,
+    layers: int,
+    elements: int,
+    hidden_bytes: int,
+) -> int:
+    """Bytes that a step's own buffers never exceed, tables of codes included.
+
+    Args:
+        sizes: of the cache.
+        geometry: of its middle; None where there is none.
+        batch: rows.
+        layers: with a middle of that geometry.
+        elements: of one token's keys and values in a layer.
+        hidden_bytes: of one token between two layers.
+    """
+    slots = sizes.sink + sizes.ring
+    # As the fields of ``Held`` come: counts, then slots, entries and landmarks.
+    a_row = 8 + slots * (8 + 1 + 4)
+    if geometry is not None:
+        a_row += max(geometry.raw_tokens, geometry.num_entries(FULL)) * (4 + 1 + 4)
+        a_row += geometry.landmarks * (4 + 1 + 4)
+    if geometry is not None and geometry.capacity:
+        # Of codes and of landmarks, which may have codes of their own: offsets for every stage and
+        # group, and one more.
+        a_row += 2 * layers * 4 * (len(shipped()[0]) * -(-elements // GROUP) + 1)
+    # A token's number or state on the way in, its state on the way out, two flags a layer.
+    return batch * (a_row + 8 + 2 * hidden_bytes) + 2 * layers

@@ -58,7 +58,7 @@ def stream(
     if columns == 0:
         raise ADMSValueError("the input has no tokens; give at least one")
     valid = column_validity(arguments.get("attention_mask"), cache, batch, columns)
-    chunk = cache.sizes.chunk
+    chunk = cache.chunk_tokens
     bounds = list(range(columns % chunk or min(chunk, columns), columns, chunk)) + [columns]
     outputs, start = [], 0
     # Held for the whole call: tokens of another one must not come between its chunks.

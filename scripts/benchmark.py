@@ -4,7 +4,7 @@
         --positions 2048,8192,32768 --batches 1,4,16 --output outputs/benchmark
 
 The folder holds ``config.json``, ``environment.json``, ``rows.csv``, ``report.md`` and ``plots/``.
-Weights are random: times do not depend on them.
+Weights and the directions of the code are random: times do not depend on them.
 """
 
 import argparse
@@ -69,6 +69,7 @@ def main() -> None:
         positions=arguments.positions,
         tokens=arguments.tokens,
         kernel=arguments.kernel,
+        random_code=True,
         on_row=lambda row: print({name: show(value) for name, value in row.items()}, flush=True),
     )
     columns = list(dict.fromkeys(name for row in rows for name in row))

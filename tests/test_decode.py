@@ -11,6 +11,7 @@ import adms.decode
 import adms.step
 from adms import ADMSKVCache, enable_adms_llm, enable_streaming_llm
 from adms.errors import ADMSValueError
+from adms.step_buffers import planned_bytes
 from tests.streams import feed, random_ids, reachable_bytes, small_cache, tiny_llama
 
 # Steps are made for no device, or for the CPU in every phase.
@@ -83,6 +84,52 @@ def test_passes_of_other_lengths_in_between(budget: int, monkeypatch: pytest.Mon
     assert_close(results[1], results[0], atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("captures", [False, True])
+@pytest.mark.parametrize("budget", [0, 160])
+def test_bytes_stay_within_a_plan_that_never_grows(
+    budget: int, captures: bool, static: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A captured step keeps its buffers while chunks pass, another one does not."""
+    monkeypatch.setattr(adms.step.DecodeStep, "captures", captures)
+    model = tiny_llama()
+    cache = small_cache(model, compressed_budget=budget, recent_size=40)
+    theirs = enable_streaming_llm(model, start_size=4, recent_size=budget + 40)
+    feed(model, random_ids(3, 40), cache)
+    feed(model, random_ids(3, 1), theirs)
+    bound, seen, widths = theirs.max_nbytes, [], []
+
+    def look(_: Any, args: Any, output: torch.Tensor) -> None:
+        seen.append(cache.nbytes)
+        widths.append(output.shape[1])
+
+    handle = model.model.norm.register_forward_hook(look)
+    for size in (1, 1, 200, 1, 300, *[1] * 12, 130):
+        feed(model, random_ids(3, size), cache, step=1 if size == 1 else 0)
+        step = cache.step
+        if step is not None:
+            geometry = cache.layers[0].middle.plan.geometry if budget else None
+            planned = planned_bytes(
+                cache.sizes, geometry, batch=3, layers=2, elements=64, hidden_bytes=64 * 4
+            )
+            held = sum(part.untyped_storage().nbytes() for part in step.tensors())
+            assert held <= planned
+        seen.append(cache.nbytes)
+        assert cache.max_nbytes <= bound
+    handle.remove()
+    assert max(seen) <= bound
+    assert (cache.step is not None) == captures
+    assert (max(widths) < cache.sizes.chunk) == captures
+
+
+def test_a_step_needs_the_place_of_a_chunk(static: None) -> None:
+    model = tiny_llama()
+    cache = small_cache(model, prefill_chunk_size=4)
+    feed(model, random_ids(1, 400), cache)
+    feed(model, random_ids(1, 1), cache)
+    assert cache.step is None
+    assert cache.step_obstacle is not None and "raise prefill_chunk_size" in cache.step_obstacle
+
+
 def test_generate_with_beams(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny_llama(), random_ids(1, 150)
     found = []
@@ -96,6 +143,25 @@ def test_generate_with_beams(monkeypatch: pytest.MonkeyPatch) -> None:
         )
     assert cache.step is not None
     assert torch.equal(found[0], found[1])
+
+
+def test_rows_change_places_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row has headers of its own, and with them other places of codes in a record."""
+    model, ids = tiny_llama(), random_ids(2, 320)
+    # Other tokens, other channels that vary most.
+    ids[1] = 3 + ids[1] % 4
+    results = []
+    for phases in (EAGER, STATIC):
+        monkeypatch.setattr(adms.decode, "PHASES", phases)
+        cache = small_cache(model, recent_size=24)
+        feed(model, ids[:, :300], cache)
+        feed(model, ids[:, 300:310], cache, step=1)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        results.append(feed(model, ids[:, 310:], cache, step=1))
+    assert cache.step is not None and cache.step.phase == "coded"
+    tables = cache.step.tables[0][0]
+    assert tables is not None and not torch.equal(tables.offsets[0], tables.offsets[1])
+    assert_close(results[1], results[0], atol=2e-5, rtol=2e-5)
 
 
 def test_a_token_that_is_not_finite_is_taken_back(static: None) -> None:
@@ -157,6 +223,8 @@ def test_plain_kernel_makes_no_step(static: None) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+# Inductor recommends TF32 to models in float32, whose exactness is what is tested here.
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_graph_is_captured_once_and_replayed(rows: int) -> None:
     model, ids = tiny_llama().to("cuda"), random_ids(rows, 420).to("cuda")
@@ -172,7 +240,8 @@ def test_a_graph_is_captured_once_and_replayed(rows: int) -> None:
     assert {name: dict(counts) for name, counts in counters.items()} == before
     assert not counters["graph_break"]
     found = torch.cat([first, rest], dim=1)
-    assert_close(found, feed(model, ids[:, 300:], plain, step=1), atol=1e-4, rtol=1e-4)
+    # Where two codewords are as near, a code may fall the other way.
+    assert_close(found, feed(model, ids[:, 300:], plain, step=1), atol=5e-4, rtol=1e-3)
 
 
 def test_a_capture_that_fails_is_said_and_not_tried_again(

@@ -77,15 +77,12 @@ class Basis(ABC):
         return None
 
     @abstractmethod
-    def projection(
-        self, parts: list[torch.Tensor], gain_start: int, dtype: torch.dtype
-    ) -> Projection:
-        """How kernels restore states from header parts, with as little made as possible.
+    def projection(self, parts: list[torch.Tensor], gain_start: int) -> Projection:
+        """How kernels restore states from header parts; views, nothing is made.
 
         Args:
             parts: of the header, a row each.
             gain_start: the gain's byte.
-            dtype: the model's.
         """
 
 
@@ -130,13 +127,10 @@ class FittedBasis(Basis):
         mean, stored, scale, deviation = (part.float() for part in parts)
         return channels @ (stored * scale[..., None] * deviation[..., None]) + mean[:, None]
 
-    def projection(
-        self, parts: list[torch.Tensor], gain_start: int, dtype: torch.dtype
-    ) -> Projection:
+    def projection(self, parts: list[torch.Tensor], gain_start: int) -> Projection:
         """The basis as it is stored."""
-        mean, stored, scale, deviation = parts
-        factor = scale.float() * deviation.float()
-        return Projection(stored[:, None], factor[:, None], mean[:, None], gain_start, 0)
+        mean, basis, scale, deviation = (part[:, None] for part in parts)
+        return Projection(basis, scale, deviation, mean, gain_start, 0)
 
 
 class SharedBasis(Basis):
@@ -195,8 +189,8 @@ class SharedBasis(Basis):
 
     def query_power(self, device: torch.device) -> torch.Tensor | None:
         """Of the queries seen by the calibration."""
-        weight = self.calibration.on(device).get(f"{self.name}_weight")
-        return None if weight is None else weight.float().square().flatten()
+        weight = self._part("weight", device)
+        return None if weight is None else weight[0].float().square().flatten()
 
     def fit(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Mean, which channels of each block, their deviations."""
@@ -244,24 +238,23 @@ class SharedBasis(Basis):
         blocks = channels.unflatten(2, (self.blocks, -1))
         return torch.einsum("bnsc,bscj->bnsj", blocks, scaled).flatten(2) + mean.float()[:, None]
 
-    def projection(
-        self, parts: list[torch.Tensor], gain_start: int, dtype: torch.dtype
-    ) -> Projection:
-        """Each row's choice of the shared directions, as integers where they have no weights."""
-        mean, order, deviation = parts
+    def projection(self, parts: list[torch.Tensor], gain_start: int) -> Projection:
+        """Each row's choice of the shared directions."""
+        mean, order, deviation = (part.unflatten(1, (self.blocks, -1)) for part in parts)
         if len(self.calibrations) > 1:
             raise RuntimeError("kernels read one layer at a time")
         tensors = self.calibrations[0].on(mean.device)
-        index = order.long().unflatten(1, (self.blocks, -1))
-        block = torch.arange(self.blocks, device=mean.device)[:, None]
-        basis = tensors[f"{self.name}_basis"][block, index]
         weight = tensors.get(f"{self.name}_weight")
-        if weight is not None:
-            kind = torch.float32 if dtype.itemsize > 2 else torch.float16
-            basis = basis * weight.float().reciprocal().to(kind)[:, None]
-        scale = tensors[f"{self.name}_scale"].float()[block, index]
-        factor = scale * deviation.float().unflatten(1, (self.blocks, -1))
-        return Projection(basis, factor, mean.unflatten(1, (self.blocks, -1)), gain_start, 0)
+        return Projection(
+            tensors[f"{self.name}_basis"][None],
+            tensors[f"{self.name}_scale"][None],
+            deviation,
+            mean,
+            gain_start,
+            0,
+            rows=order,
+            weight=None if weight is None else weight[None],
+        )
 
 
 def _deviation(channels: torch.Tensor) -> torch.Tensor:

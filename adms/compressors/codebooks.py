@@ -33,9 +33,9 @@ def shipped() -> tuple[torch.Tensor, tuple[float, ...]]:
 
 
 @lru_cache(maxsize=8)
-def codebooks_on(device: torch.device) -> torch.Tensor:
+def codebooks_on(device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The codebooks on a device."""
-    return shipped()[0].to(device)
+    return shipped()[0].to(device, dtype)
 
 
 @lru_cache(maxsize=8)
@@ -185,7 +185,8 @@ def train(
     """
     generator = torch.Generator().manual_seed(seed)
     first = torch.randn(samples, GROUP, generator=generator)
-    paths, books, errors = first[:, None], [], [1.0]
+    paths, errors = first[:, None], [1.0]
+    books: list[torch.Tensor] = []
     for _ in range(stages):
         best = paths[:, 0]
         book = best[torch.randperm(samples, generator=generator)[:WORDS]].clone()

@@ -145,7 +145,7 @@ class LowRankCoder(Coder):
     def log_weight(self, header: torch.Tensor, record_bytes: int) -> torch.Tensor:
         """See ``Coder``."""
         form = 2 if record_bytes > self.record_bytes else int(record_bytes == self.record_bytes)
-        return views(header, *self.layout)[-3][:, form].float()
+        return views(header, *self.layout)[-3][:, form]
 
     def _allocate(
         self, key_deviation: torch.Tensor, value_deviation: torch.Tensor
@@ -210,30 +210,31 @@ class LowRankCoder(Coder):
         return Entries(
             keys.unflatten(2, (heads, -1)).transpose(1, 2).to(self.dtype),
             values.unflatten(2, (heads, -1)).transpose(1, 2).to(self.dtype),
-            weight[..., None].expand(-1, -1, records.shape[1]),
+            weight.float()[..., None].expand(-1, -1, records.shape[1]),
         )
 
     def tables(self, header: torch.Tensor, record_bytes: int) -> CodeTables:
         """Where the code of each group and stage lies in a record, and the two transforms."""
         parts = views(header, *self.layout)
         split = len(self.keys.layout)
-        for_keys = self.keys.projection(parts[:split], 0, self.dtype)
-        for_values = self.values.projection(parts[split:-3], 1, self.dtype)
+        for_keys = self.keys.projection(parts[:split], 0)
+        for_values = self.values.projection(parts[split:-3], 1)
         group, stage = parts[-2].long(), parts[-1].long()
         stages, groups = len(shipped()[0]), (self.keys.channels + self.values.channels) // GROUP
         # A record holds the first codes of the allocation.
         held = record_bytes - GAIN_BYTES
         group, stage = group[:, :held], stage[:, :held]
-        # The allocation's padding goes to a stage of its own, which is dropped.
-        index = stage.clamp(max=stages) * groups + group
+        # The allocation's padding goes to a place behind all others, which is dropped.
+        index = torch.where(stage < stages, stage * groups + group, stages * groups)
         at = torch.arange(GAIN_BYTES, record_bytes, dtype=torch.int32, device=header.device)
         offsets = torch.full(
-            (len(header), (stages + 1) * groups), -1, dtype=torch.int32, device=header.device
+            (len(header), stages * groups + 1), -1, dtype=torch.int32, device=header.device
         )
         offsets.scatter_(1, index, at.expand(len(header), -1))
-        offsets = offsets.unflatten(1, (stages + 1, groups))[:, :stages]
+        offsets = offsets[:, :-1].unflatten(1, (stages, groups))
         return CodeTables(
             offsets,
+            record_bytes,
             for_keys,
             for_values,
             gain_steps=GAIN_STEPS,

@@ -41,6 +41,12 @@ def rotation(size: int, device: torch.device) -> torch.Tensor:
     return (orthogonal * triangle.diagonal().sign()).float().to(device)
 
 
+@lru_cache(maxsize=32)
+def _inverse(size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rotation back, row by row, and as many ones."""
+    return rotation(size, device).T.contiguous(), torch.ones(size, device=device)
+
+
 class QuantizedCoder(Coder):
     """See the module.
 
@@ -119,13 +125,13 @@ class QuantizedCoder(Coder):
             stage = torch.arange(self.stages, device=device)[:, None, None]
             offsets.append((head[:, None] + group + stage).flatten(1))
             size = mean.shape[2]
-            basis = rotation(size, device).T[None, None].expand(-1, heads, -1, -1)
-            factor = torch.ones(1, heads, size, device=device)
+            basis, ones = (part.expand(1, heads, *part.shape) for part in _inverse(size, device))
             gain_start = start + groups * self.stages
-            sides.append(Projection(basis, factor, mean, gain_start, groups * self.stages + 2))
+            stride = groups * self.stages + 2
+            sides.append(Projection(basis, ones, ones, mean, gain_start, stride))
             start += heads * (groups * self.stages + 2)
         where = torch.cat(offsets, dim=1).to(torch.int32)[None]
-        return CodeTables(where, sides[0], sides[1], half_gain=True)
+        return CodeTables(where, self.record_bytes, sides[0], sides[1], half_gain=True)
 
     def _encode(self, states: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
         size = states.shape[3]

@@ -1,7 +1,7 @@
 """How the records of a coder are read by kernels that decode them on the fly.
 
-Shapes: ``R`` rows or 1 where all rows agree, ``C`` coded channels of a block of heads, ``J``
-elements of a block.
+Shapes: ``R`` rows or 1 where all rows agree, ``M`` directions and ``C`` coded channels of a block
+of heads, ``J`` elements of a block.
 """
 
 import dataclasses
@@ -14,48 +14,82 @@ from adms.compressors.codebooks import GROUP
 
 @dataclass(frozen=True)
 class Projection:
-    """From channels to states: ``gain * (factor * channels) @ basis + mean``.
+    """From channels to states: ``gain * (deviation * channels) @ directions / weight + mean``.
 
     Attributes:
-        basis: ``[R, blocks, C, J]``, integers or floats; heads are split evenly over the blocks.
-        factor: ``[R, blocks, C]`` float32.
+        basis: ``[R, blocks, M, J]`` directions before scaling, integers or floats; heads are split
+            evenly over the blocks.
+        scale: ``[R, blocks, M]`` what each is multiplied with.
+        deviation: ``[R, blocks, C]`` of the coded channels.
         mean: ``[R, blocks, J]``.
         gain_start: first byte of block 0's gain in a record.
         gain_stride: bytes from one block's gain to the next one's; 0 where they share it.
+        rows: ``[R, blocks, C]`` integers, which direction each channel follows; None where it is
+            the first ``C`` in order.
+        weight: ``[R, blocks, J]`` what elements are divided by; None for ones.
     """
 
     basis: torch.Tensor
-    factor: torch.Tensor
+    scale: torch.Tensor
+    deviation: torch.Tensor
     mean: torch.Tensor
     gain_start: int
     gain_stride: int
+    rows: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
 
     @property
     def blocks(self) -> int:
         """Blocks of heads."""
-        return self.basis.shape[1]
+        return self.deviation.shape[1]
 
     @property
     def channels(self) -> int:
         """Coded channels of a block."""
-        return self.basis.shape[2]
+        return self.deviation.shape[2]
+
+    def directions(self, dtype: torch.dtype) -> torch.Tensor:
+        """What a unit of each channel adds to the states before the gain: ``[R, blocks, C, J]``."""
+        basis, scale = self.basis, self.scale
+        if self.rows is None:
+            basis, scale = basis[:, :, : self.channels], scale[:, :, : self.channels]
+        else:
+            rows = max(len(self.rows), len(basis))
+            row = torch.arange(rows, device=basis.device)[:, None, None]
+            block = torch.arange(self.blocks, device=basis.device)[:, None]
+            index = self.rows.long()
+            own = row if len(basis) > 1 else 0
+            basis, scale = basis[own, block, index], scale[own, block, index]
+        factor = scale.to(dtype) * self.deviation.to(dtype)
+        found = basis.to(dtype) * factor[..., None]
+        return found if self.weight is None else found / self.weight[:, :, None].to(dtype)
+
+    def first(self, channels: int) -> "Projection":
+        """Of the first channels of every block alone."""
+        return dataclasses.replace(
+            self,
+            deviation=self.deviation[:, :, :channels],
+            rows=None if self.rows is None else self.rows[:, :, :channels],
+        )
 
 
 @dataclass(frozen=True)
 class CodeTables:
-    """How records of one coder are read; made of headers per pass, since kept it would be memory.
+    """How records of one coder are read.
 
     Attributes:
         offsets: ``[R, stages, groups]`` int32, the byte of a record that holds the code of a group
-            of eight channels in a stage; negative where there is none. Groups of keys come first,
-            block by block, then those of values.
-        keys, values: from channels to states.
+            of eight channels in a stage; negative where there is none, and then in later stages
+            neither. Groups of keys come first, block by block, then those of values.
+        record_bytes: where records end; codes behind it are none.
+        keys, values: from channels to states, over the same number of blocks.
         half_gain: gains are two bytes of float16; else one byte of ``gain_steps`` per doubling.
         gain_steps: steps per doubling of a gain of one byte, whose zero is 128.
-        log_weight: ``[R, K]`` float32, added to the scores of each KV head; None: zero.
+        log_weight: ``[R, K]`` numbers added to the scores of each KV head; None: zero.
     """
 
     offsets: torch.Tensor
+    record_bytes: int
     keys: Projection
     values: Projection
     half_gain: bool = False
@@ -64,27 +98,22 @@ class CodeTables:
 
     def cut(self, record_bytes: int, log_weight: torch.Tensor | None) -> "CodeTables":
         """The tables of records that end earlier, with the log-weight of those."""
-        offsets = torch.where(self.offsets < record_bytes, self.offsets, -1)
-        return dataclasses.replace(self, offsets=offsets, log_weight=log_weight)
+        return dataclasses.replace(self, record_bytes=record_bytes, log_weight=log_weight)
+
+    def coded(self) -> torch.Tensor:
+        """Which groups have a code in which stage: ``[R, stages, groups]``."""
+        return (self.offsets >= 0) & (self.offsets < self.record_bytes)
 
     def trimmed(self) -> "CodeTables":
         """Without the last groups of blocks that no record has a code for; asks the device."""
         split = self.keys.blocks * self.keys.channels // GROUP
-        offsets, sides = [], []
-        for side, own in (
-            (self.keys, self.offsets[..., :split]),
-            (self.values, self.offsets[..., split:]),
-        ):
-            per_block = own.unflatten(2, (side.blocks, -1))
-            used = (per_block >= 0).flatten(0, 2).any(0).nonzero()
+        coded, offsets, sides = self.coded(), [], []
+        for side, own in ((self.keys, slice(0, split)), (self.values, slice(split, None))):
+            used = coded[..., own].unflatten(2, (side.blocks, -1)).flatten(0, 2).any(0).nonzero()
             count = int(used[-1]) + 1 if len(used) else 1
+            per_block = self.offsets[..., own].unflatten(2, (side.blocks, -1))
             offsets.append(per_block[..., :count].flatten(2))
-            width = count * GROUP
-            sides.append(
-                dataclasses.replace(
-                    side, basis=side.basis[:, :, :width], factor=side.factor[:, :, :width]
-                )
-            )
+            sides.append(side.first(count * GROUP))
         return dataclasses.replace(
             self, offsets=torch.cat(offsets, dim=2), keys=sides[0], values=sides[1]
         )

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from adms.cache import ADMSKVCache
+from adms.calibration import Calibration
 from adms.config import ADMSConfig
 from adms.enable import enable_adms_llm, enable_streaming_llm
 from adms.evaluation.methods import ADMS, FULL, STREAMING, cache_bytes
@@ -73,6 +74,28 @@ def random_llama(shape: str, device: torch.device, dtype: torch.dtype) -> LlamaF
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.eval()
+
+
+def random_calibration(calibration: Calibration, device: torch.device, seed: int = 0) -> None:
+    """Random orthogonal bases in place of fitted ones; times do not depend on directions.
+
+    Args:
+        calibration: planned for a model, not fitted yet.
+        device: where the bases go.
+        seed: of the random numbers.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    state = {}
+    for name, (shape, dtype) in calibration.layout().items():
+        if dtype == torch.int8:
+            normal = torch.randn(shape, generator=generator, device=device)
+            basis = torch.linalg.qr(normal).Q
+            largest = basis.abs().amax(2) / 127
+            state[name] = (basis / largest[..., None]).round().to(dtype)
+            state[name.replace("_basis", "_scale")] = largest.half()
+        elif name.endswith("_weight"):
+            state[name] = torch.ones(shape, dtype=dtype, device=device)
+    calibration.load_state(state, "random directions")
 
 
 class _Clock(StoppingCriteria):
@@ -192,8 +215,12 @@ def open_cache(
     position: int,
     tokens: int,
     kernel: Kernel = "auto",
+    random_code: bool = False,
 ) -> Any:
-    """An empty cache of a method, with room for what will be timed."""
+    """An empty cache of a method, with room for what will be timed.
+
+    ``random_code`` gives the model random directions for its code, for good; for random models.
+    """
     total = position + tokens + FIRST_TOKENS + 4
     match method:
         case "full":
@@ -205,7 +232,11 @@ def open_cache(
         case "streaming":
             recent = config.recent_size + config.compressed_budget
             return enable_streaming_llm(model, config.start_size, recent, kernel=kernel)
-    return enable_adms_llm(model, config, kernel=kernel)
+    cache = enable_adms_llm(model, config, kernel=kernel)
+    calibration = cache.binding_for_use.calibration
+    if random_code and calibration is not None and not calibration.is_fitted:
+        random_calibration(calibration, model.device)
+    return cache
 
 
 def obstacle(method: str) -> str | None:
@@ -224,6 +255,7 @@ def measure(
     position: int,
     tokens: int,
     kernel: Kernel = "auto",
+    random_code: bool = False,
 ) -> Row:
     """One row of the benchmark: a cache at a position of the stream.
 
@@ -238,7 +270,7 @@ def measure(
     if reason is not None:
         return {**row, "note": reason}
     release(device)
-    cache = open_cache(model, method, config, position, tokens, kernel)
+    cache = open_cache(model, method, config, position, tokens, kernel, random_code)
     reading: float | None = None
     try:
         if isinstance(cache, ADMSKVCache):
@@ -285,6 +317,7 @@ def measure_all(
     positions: list[int],
     tokens: int,
     kernel: Kernel = "auto",
+    random_code: bool = False,
     on_row: Callable[[Row], None] | None = None,
 ) -> list[Row]:
     """Every method at every position (batch of the first) and every batch (at the first position).
@@ -297,7 +330,14 @@ def measure_all(
     for method in methods:
         for batch, position in cases:
             row = measure(
-                model, method, config, batch=batch, position=position, tokens=tokens, kernel=kernel
+                model,
+                method,
+                config,
+                batch=batch,
+                position=position,
+                tokens=tokens,
+                kernel=kernel,
+                random_code=random_code,
             )
             rows.append(row)
             if on_row is not None:

@@ -76,7 +76,11 @@ def plain_decode_attention(
         channels = channels_of(coded_part).to(dtype)
         gain = gains_of(coded_part, coded_part.tables.keys)
         keys = restore(coded_part.tables.keys, channels[:, :, :split], gain, kv_heads)
-        scores.append(_scores(grouped, keys, coded_part, coded_part.visible()))
+        score = _scores(grouped, keys, coded_part, coded_part.visible())
+        log_weight = coded_part.tables.log_weight
+        if log_weight is not None:
+            score = score + log_weight[:, :, None, None].to(dtype)
+        scores.append(score)
         sums.append((channels[:, :, split:], coded_part))
     weights = torch.cat(scores, dim=3).softmax(3)
     total = torch.zeros_like(grouped)
@@ -106,8 +110,8 @@ def _sum_codes(weights: torch.Tensor, channels: torch.Tensor, part: CodedPart) -
     joined = weights.unflatten(1, (side.blocks, share)).flatten(2, 3)
     weighted = joined * gains_of(part, side).transpose(1, 2)[:, :, None].to(weights.dtype)
     summed = weighted @ channels.unflatten(2, (side.blocks, side.channels)).transpose(1, 2)
-    summed = (summed * side.factor[:, :, None].to(weights.dtype)).unflatten(2, (share, -1))
-    basis = side.basis.to(weights.dtype).unflatten(3, (share, -1)).transpose(2, 3)
+    summed = summed.unflatten(2, (share, -1))
+    basis = side.directions(weights.dtype).unflatten(3, (share, -1)).transpose(2, 3)
     mass = joined.sum(3).unflatten(2, (share, -1))[..., None]
     mean = side.mean.to(weights.dtype).unflatten(2, (share, -1))[:, :, :, None]
     return (summed @ basis + mass * mean).flatten(1, 2)

@@ -3,6 +3,8 @@
 Shapes: ``B`` rows, ``H`` query heads, ``K`` KV heads, ``S`` slots, ``D`` head size.
 """
 
+import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,17 +12,26 @@ import torch
 import triton
 import triton.language as tl
 
-from adms.compressors.codebooks import GROUP, codebooks_on
+from adms.compressors.codebooks import codebooks_on
 from adms.compressors.tables import Projection
 from adms.errors import ADMSValueError
 from adms.kernels import tiles as kernels
 from adms.kernels.parts import CodedPart, ExactPart
 
-# Entries of a tile, and channels that are decoded at a time.
-TILE = 64
+# Entries of a tile.
+EXACT_TILE = 32
+CODED_TILE = 32
+# Registers of a thread, so that three programs share a multiprocessor: looking codes up is waiting
+# for memory (docs/performance.md).
+CODED_REGISTERS = 168
+# Coded channels that are looked up at a time, and elements of a program's heads together.
 CHUNK = 32
-# Least rows of a matrix product.
-LEAST_ROWS = 16
+MOST_COLUMNS = 256
+# Tiles and elements that a program of the merge adds up at a time.
+MERGED_TILES = 128
+MERGED_COLUMNS = 32
+# Least extents of a matrix product.
+LEAST = 16
 
 
 def fused_write_token(
@@ -53,115 +64,158 @@ def fused_decode_attention(
     coded: Sequence[CodedPart],
     scaling: float,
 ) -> torch.Tensor:
-    """See ``decode_attention``; at most two coded parts.
+    """See ``decode_attention``.
 
     Raises:
-        ADMSValueError: a head size that is no power of two from 16 on, or too many parts.
+        ADMSValueError: a head size that is no power of two from 16 on, another dtype than
+            float16, bfloat16 or float32, or codes with other blocks of keys than of values.
     """
     rows, heads, size = query.shape
     kv_heads = exact[0].keys.shape[1]
-    if not fits(size) or len(coded) > 2:
+    if not fits(size):
         raise ADMSValueError(
-            f"the Triton kernel needs head sizes that are powers of two from 16 on and at most two "
-            f"coded parts, got {size} and {len(coded)}; use kernel='torch'"
+            f"the Triton kernels need head sizes that are powers of two from 16 on, got {size}; "
+            "use kernel='torch'"
         )
-    group = heads // kv_heads
-    half = size // 2
-    padded = max(LEAST_ROWS, triton.next_power_of_2(group))
-    kind = _kind(query.dtype)
-    tiles = sum(triton.cdiv(part.keys.shape[2], TILE) for part in exact)
-    partial = _Partial(query, heads, tiles, size)
-    shared: dict[str, Any] = {
-        "HEADS": heads, "G": group, "P": padded, "F": half, "TILE": TILE, "KIND": kind,
-    }  # fmt: skip
+    counts = [triton.cdiv(part.keys.shape[2], EXACT_TILE) for part in exact]
+    counts += [triton.cdiv(part.records.shape[1], CODED_TILE) for part in coded]
+    tiles = sum(counts)
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=torch.float32, device=query.device)
+
+    # Of each tile and query head: maximum, sum of weights, weighted values.
+    partial = (new(rows, heads, tiles), new(rows, heads, tiles), new(rows, heads, tiles, size))
     asked = (query, cos, sin)
     asked_strides = (query.stride(0), query.stride(1), _row_stride(cos))
+    shared: dict[str, Any] = {
+        "H": heads, "G": heads // kv_heads, "F": size // 2, "KIND": _kind(query.dtype),
+    }  # fmt: skip
     first = 0
-    for part in exact:
-        count = part.keys.shape[2]
-        own = triton.cdiv(count, TILE)
-        bias = part.log_weight
-        kernels.exact_tiles[own, kv_heads, rows](
-            *asked, part.keys, part.values, part.cos, part.sin, part.valid.view(torch.uint8),
-            part.keys if bias is None else bias, *partial.tensors, *asked_strides,
-            *part.keys.stride()[:3], *part.values.stride()[:3], _row_stride(part.cos),
-            part.cos.stride(1), _row_stride(part.valid), 0 if bias is None else bias.stride(0),
-            0 if bias is None else bias.stride(1), count, first, tiles, scaling, **shared,
-            BIASED=bias is not None,
-        )  # fmt: skip
-        first += own
-    arguments: list[Any] = []
-    numbers: list[int] = []
-    for coded_part in coded:
-        own_partial = _coded(coded_part, query, asked, asked_strides, kv_heads, scaling, shared)
-        side = coded_part.tables.values
-        arguments += [
-            *own_partial.tensors, side.basis, side.factor, side.mean, own_partial.tiles,
-            *_strides(side), side.channels,
-        ]  # fmt: skip
-        numbers += [triton.next_power_of_2(own_partial.tiles), kv_heads // side.blocks]
-    for _ in range(2 - len(coded)):
-        arguments += [query] * 6 + [0] * 9
-        numbers += [0, 1]
+    with _Branches(query.device) as branches:
+        for index, count in enumerate(counts):
+            numbers = (first, tiles, scaling)
+            if index < len(exact):
+                _exact(exact[index], asked, asked_strides, partial, count, numbers, shared)
+            else:
+                part = coded[index - len(exact)]
+                with branches.next():
+                    _coded(part, asked, asked_strides, partial, count, kv_heads, numbers, shared)
+            first += count
     out = torch.empty(rows, heads, size, dtype=query.dtype, device=query.device)
-    kernels.merge[heads, rows](
-        out, *partial.tensors, tiles, *arguments, heads, group, half,
-        triton.next_power_of_2(tiles), *numbers, CHUNK,
+    columns = min(size, MERGED_COLUMNS)
+    kernels.merge[size // columns, heads, rows](
+        out, *partial, tiles, heads, size, columns,
+        min(MERGED_TILES, triton.next_power_of_2(tiles)),
     )  # fmt: skip
     return out
 
 
-class _Partial:
-    """Maxima, sums and weighted values of every tile of a part, for every query head."""
+class _Branches:
+    """Launches that do not wait for each other: beside the current stream, joined at the end."""
 
-    def __init__(self, query: torch.Tensor, heads: int, tiles: int, width: int) -> None:
-        rows = query.shape[0]
-        self.tiles = tiles
+    def __init__(self, device: torch.device) -> None:
+        self.main = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self.used: list[torch.cuda.Stream] = []
 
-        def new(*shape: int) -> torch.Tensor:
-            return torch.empty(*shape, dtype=torch.float32, device=query.device)
+    def next(self) -> contextlib.AbstractContextManager[Any]:
+        """A stream of its own for what is launched inside."""
+        if self.main is None:
+            return contextlib.nullcontext()
+        stream = _stream(self.main.device, len(self.used))
+        stream.wait_stream(self.main)
+        self.used.append(stream)
+        return torch.cuda.stream(stream)
 
-        self.tensors = (
-            new(rows, heads, tiles),
-            new(rows, heads, tiles),
-            new(rows, heads, tiles, width),
-        )
+    def __enter__(self) -> "_Branches":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for stream in self.used:
+            torch.cuda.current_stream(stream.device).wait_stream(stream)
+
+
+@functools.cache
+def _stream(device: torch.device, index: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _exact(
+    part: ExactPart,
+    asked: tuple[torch.Tensor, ...],
+    asked_strides: tuple[int, ...],
+    partial: tuple[torch.Tensor, ...],
+    tiles: int,
+    numbers: tuple[int, int, float],
+    shared: dict[str, Any],
+) -> None:
+    """Runs the tiles of one exact part."""
+    bias, half = part.log_weight, shared["F"]
+    rows, kv_heads, count = part.keys.shape[:3]
+    kernels.exact_tiles[tiles, kv_heads, rows](
+        *asked, part.keys, part.values, part.cos, part.sin, part.valid.view(torch.uint8),
+        part.keys if bias is None else bias, *partial, *asked_strides,
+        *part.keys.stride()[:3], *part.values.stride()[:3], _row_stride(part.cos),
+        part.cos.stride(1), _row_stride(part.valid), 0 if bias is None else bias.stride(0),
+        0 if bias is None else bias.stride(1), count, *numbers, **shared,
+        P=_padded(shared["G"]), TILE=EXACT_TILE, HEADS=max(1, LEAST // half),
+        BIASED=bias is not None,
+    )  # fmt: skip
 
 
 def _coded(
     part: CodedPart,
-    query: torch.Tensor,
     asked: tuple[torch.Tensor, ...],
     asked_strides: tuple[int, ...],
+    partial: tuple[torch.Tensor, ...],
+    tiles: int,
     kv_heads: int,
-    scaling: float,
+    numbers: tuple[int, int, float],
     shared: dict[str, Any],
-) -> _Partial:
+) -> None:
     """Runs the tiles of one coded part."""
-    tables, count = part.tables, part.records.shape[1]
-    tiles = triton.cdiv(count, TILE)
-    partial = _Partial(query, query.shape[1], tiles, tables.values.channels)
-    order, hidden = part.order, part.hidden
-    marked = order is not None and hidden is not None
-    keys, values = tables.keys, tables.values
+    query, half = asked[0], shared["F"]
+    tables, keys, values = part.tables, part.tables.keys, part.tables.values
+    if keys.blocks != values.blocks:
+        raise ADMSValueError(
+            f"the Triton kernels need keys and values in the same blocks of heads, got "
+            f"{keys.blocks} and {values.blocks} blocks; use kernel='torch'"
+        )
+    share = kv_heads // keys.blocks
+    heads = min(triton.next_power_of_2(share), max(1, MOST_COLUMNS // (2 * half)))
+    heads = max(heads, LEAST // half)
+    order, hidden, log_weight = part.order, part.hidden, tables.log_weight
+    if order is None or hidden is None:
+        order = hidden = None
+    marks = 0 if hidden is None else hidden.shape[1]
     # Codes are small numbers that float16 holds more finely than bfloat16.
-    code_kind = tl.float32 if query.dtype == torch.float32 else tl.float16
-    kernels.coded_tiles[tiles, kv_heads, query.shape[0]](
-        *asked, part.records, tables.offsets, codebooks_on(query.device), keys.basis, keys.factor,
-        keys.mean, part.cos, part.sin, part.valid.view(torch.uint8),
-        order if marked else tables.offsets, hidden if marked else tables.offsets,
-        *partial.tensors, *asked_strides, *part.records.stride()[:2], _row_stride(tables.offsets),
-        tables.offsets.stride(1), *_strides(keys), _row_stride(part.cos), part.cos.stride(1),
-        _row_stride(part.valid), _row_stride(order) if order is not None else 0,
-        _row_stride(hidden) if hidden is not None else 0, count, tiles, scaling, keys.channels,
-        values.channels, keys.blocks * keys.channels // GROUP, keys.gain_start, keys.gain_stride,
-        values.gain_start, values.gain_stride, hidden.shape[1] if hidden is not None else 0,
-        **shared, CHUNK=CHUNK, STAGES=tables.offsets.shape[1], SHARE=kv_heads // keys.blocks,
-        VALUE_SHARE=kv_heads // values.blocks, HALF=tables.half_gain, STEPS=tables.gain_steps,
-        HIDDEN=triton.next_power_of_2(hidden.shape[1]) if marked and hidden is not None else 0,
-        CODE_KIND=code_kind,
+    single = query.dtype == torch.float32
+    books = codebooks_on(query.device, torch.float32 if single else torch.float16)
+    kernels.coded_tiles[tiles, keys.blocks * triton.cdiv(share, heads), query.shape[0]](
+        *asked, part.records, tables.offsets, books, *_tensors(keys), *_tensors(values),
+        tables.offsets if log_weight is None else log_weight,
+        part.cos, part.sin, part.valid.view(torch.uint8),
+        tables.offsets if order is None else order, tables.offsets if hidden is None else hidden,
+        *partial, *asked_strides, *part.records.stride()[:2], tables.record_bytes,
+        _row_stride(tables.offsets), tables.offsets.stride(1), *_numbers(keys), *_numbers(values),
+        0 if log_weight is None else _row_stride(log_weight),
+        _row_stride(part.cos), part.cos.stride(1), _row_stride(part.valid),
+        0 if order is None else _row_stride(order), 0 if hidden is None else _row_stride(hidden),
+        marks, part.records.shape[1], *numbers[:2], keys.blocks, numbers[2], **shared,
+        P=_padded(heads * shared["G"]), TILE=CODED_TILE, CHUNK=CHUNK,
+        STAGES=tables.offsets.shape[1], SHARE=share, HEADS=heads,
+        K_CHOSEN=keys.rows is not None, K_WEIGHTED=keys.weight is not None,
+        V_CHOSEN=values.rows is not None, V_WEIGHTED=values.weight is not None,
+        BIASED=log_weight is not None, HALF=tables.half_gain, STEPS=tables.gain_steps,
+        HIDDEN=triton.next_power_of_2(marks) if marks else 0,
+        CODE_KIND=tl.float32 if single else tl.float16,
+        **({} if single else {"maxnreg": CODED_REGISTERS}),
     )  # fmt: skip
-    return partial
+
+
+def _padded(queries: int) -> int:
+    """Rows of a matrix product that hold so many queries."""
+    return max(LEAST, triton.next_power_of_2(queries))
 
 
 def fits(size: int) -> bool:
@@ -169,13 +223,22 @@ def fits(size: int) -> bool:
     return size >= 16 and size & (size - 1) == 0
 
 
-def _strides(side: Projection) -> tuple[int, ...]:
-    """Row, block and channel strides of a basis, row and block strides of factor and mean."""
-    return (
-        _row_stride(side.basis), side.basis.stride(1), side.basis.stride(2),
-        _row_stride(side.factor), side.factor.stride(1), _row_stride(side.mean),
-        side.mean.stride(1),
-    )  # fmt: skip
+def _tensors(side: Projection) -> tuple[torch.Tensor, ...]:
+    """What a kernel reads of a projection; something for what there is not."""
+    parts = (side.basis, side.scale, side.deviation, side.mean, side.rows, side.weight)
+    if any(part is not None and part.stride(-1) != 1 for part in parts):
+        raise RuntimeError("a projection whose rows do not lie element by element")
+    rows = side.basis if side.rows is None else side.rows
+    weight = side.basis if side.weight is None else side.weight
+    return side.basis, side.scale, side.deviation, side.mean, rows, weight
+
+
+def _numbers(side: Projection) -> tuple[int, ...]:
+    """Row and block strides of the same, with a basis' channel stride; gains and channels."""
+    strides = [_row_stride(side.basis), side.basis.stride(1), side.basis.stride(2)]
+    for part in (side.scale, side.deviation, side.mean, side.rows, side.weight):
+        strides += [0, 0] if part is None else [_row_stride(part), part.stride(1)]
+    return (*strides, side.gain_start, side.gain_stride, side.channels)
 
 
 def _row_stride(tensor: torch.Tensor) -> int:

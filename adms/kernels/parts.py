@@ -83,25 +83,28 @@ def decode(part: CodedPart, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def channels_of(part: CodedPart) -> torch.Tensor:
     """Sums of codewords ``[B, N, channels]``, those of keys first."""
-    offsets = part.tables.offsets
-    books = codebooks_on(part.records.device)[: offsets.shape[1]].flatten(0, 1)
+    tables, count = part.tables, len(part.records)
+    stages = tables.offsets.shape[1]
+    books = codebooks_on(part.records.device)[:stages].flatten(0, 1)
+    offsets = tables.offsets.expand(count, -1, -1)
+    coded = tables.coded().expand(count, -1, -1)
     rows = [
-        _channels(records, own, books)
-        for records, own in zip(
-            part.records, offsets.expand(len(part.records), -1, -1), strict=True
-        )
+        _channels(records, own, held, books)
+        for records, own, held in zip(part.records, offsets, coded, strict=True)
     ]
     return torch.stack(rows) if len(rows) > 1 else rows[0][None]
 
 
-def _channels(records: torch.Tensor, offsets: torch.Tensor, books: torch.Tensor) -> torch.Tensor:
+def _channels(
+    records: torch.Tensor, offsets: torch.Tensor, coded: torch.Tensor, books: torch.Tensor
+) -> torch.Tensor:
     """One row's: ``[N, channels]`` of ``records [N, bytes]`` and ``offsets [stages, groups]``."""
     count, groups = len(records), offsets.shape[1]
     # Bytes of a record in the order of their groups; a group's words are summed as one bag.
-    group, stage = (offsets.T >= 0).nonzero().unbind(1)
+    group, stage = coded.T.nonzero().unbind(1)
     codes = records[:, offsets.T[group, stage].long()]
     words = codes.to(torch.int32) + (stage * WORDS).to(torch.int32)
-    sizes = (offsets >= 0).sum(0)
+    sizes = coded.sum(0)
     first = torch.arange(count, device=records.device)[:, None] * len(group)
     bags = (first + (sizes.cumsum(0) - sizes)).flatten().to(torch.int32)
     summed = torch.nn.functional.embedding_bag(words.flatten(), books, bags, mode="sum")
@@ -113,8 +116,7 @@ def restore(
 ) -> torch.Tensor:
     """States ``[B, K, N, D]`` of channels ``[B, N, blocks * C]`` and gains ``[B, N, blocks]``."""
     own = channels.unflatten(2, (side.blocks, side.channels)).transpose(1, 2)
-    basis = side.basis.to(channels.dtype) * side.factor[..., None].to(channels.dtype)
-    states = own @ basis
+    states = own @ side.directions(channels.dtype)
     states = states.mul_(gain.transpose(1, 2)[..., None]).add_(side.mean[:, :, None])
     share = heads // side.blocks
     return states.unflatten(3, (share, -1)).transpose(2, 3).flatten(1, 2)

@@ -1,13 +1,14 @@
 """The Triton kernels of decode attention.
 
-Entries are split into tiles; a program scores one tile for the queries of one KV head and writes
-its maximum, its sum and its weighted values (flash-decoding). Codes are looked up, projected and
-rotated in registers. Values of codes are summed as channels and projected once, by the program that
-merges the tiles of a query head.
+Entries are split into tiles; a program works on one tile for the query heads of one KV head, or of
+one block of KV heads that share a code, and writes its maximum, its sum and its weighted values
+(flash-decoding). Codes are looked up once for all heads of a block, projected and rotated in
+registers; values of codes are summed as channels and the sums projected. What all tiles leave is of
+one form, and ``merge`` adds it up.
 
-Shapes: ``B`` rows, ``H`` query heads, ``K`` KV heads, ``G = H / K``, ``P`` queries of a KV head
-padded for a matrix product, ``F`` half of the head size. Names with ``row``, ``head``, ``entry``,
-``block`` or ``channel`` at their end are strides.
+Shapes: ``B`` rows, ``H`` query heads, ``K`` KV heads, ``G = H / K``, ``P`` queries of a program
+padded for a matrix product, ``F`` half of the head size, ``T`` tiles of all parts. Names with
+``row``, ``head``, ``entry``, ``block`` or ``channel`` at their end are strides.
 
 Source: Dao et al. (2023), Flash-Decoding, for the split over entries; differs in coded entries.
 """
@@ -17,24 +18,19 @@ import triton.language as tl
 
 
 @triton.jit
-def _rotated_query(
-    query,
-    cos,
-    sin,
-    row,
-    kv,
-    q_row,
-    q_head,
-    t_row,
-    G: tl.constexpr,
-    P: tl.constexpr,
-    F: tl.constexpr,
-):
-    """Both halves ``[P, F]`` of the queries of one KV head, at their position."""
+def _queries(
+    query, cos, sin, row, kv, count, q_row, q_head, t_row,
+    G: tl.constexpr, P: tl.constexpr, F: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Both halves ``[P, HEADS * F]`` of the queries of ``count`` KV heads, at their position.
+
+    Each query stands in the columns of its own KV head; the others are zeros.
+    """
     g = tl.arange(0, P)
-    d = tl.arange(0, F)
+    j = tl.arange(0, HEADS * F)
+    own = (g[:, None] // G == j[None, :] // F) & (g < count * G)[:, None]
+    d = j % F
     at = query + row * q_row + (kv * G + g)[:, None] * q_head + d[None, :]
-    own = (g < G)[:, None]
     first = tl.load(at, mask=own, other=0.0).to(tl.float32)
     second = tl.load(at + F, mask=own, other=0.0).to(tl.float32)
     c = tl.load(cos + row * t_row + d).to(tl.float32)[None, :]
@@ -44,26 +40,14 @@ def _rotated_query(
 
 @triton.jit
 def _scores(
-    q1,
-    q2,
-    k1,
-    k2,
-    cos,
-    sin,
-    n,
-    held,
-    row,
-    t_row,
-    t_entry,
-    scaling,
-    F: tl.constexpr,
-    KIND: tl.constexpr,
-):
-    """Scores ``[P, TILE]`` of rotated queries and keys ``[TILE, F]`` that are rotated here."""
-    d = tl.arange(0, F)
-    at = row * t_row + n[:, None] * t_entry + d[None, :]
-    c = tl.load(cos + at, mask=held[:, None], other=0.0).to(tl.float32)
-    s = tl.load(sin + at, mask=held[:, None], other=0.0).to(tl.float32)
+    q1, q2, k1, k2, cos, sin, n, held, row, t_row, t_entry, scaling,
+    F: tl.constexpr, HEADS: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """Scores ``[P, TILE]`` of queries and keys ``[TILE, HEADS * F]`` that are rotated here."""
+    d = tl.arange(0, HEADS * F) % F
+    at = n[:, None] * t_entry + d[None, :]
+    c = tl.load(cos + row * t_row + at, mask=held[:, None], other=0.0).to(tl.float32)
+    s = tl.load(sin + row * t_row + at, mask=held[:, None], other=0.0).to(tl.float32)
     r1 = k1 * c - k2 * s
     r2 = k2 * c + k1 * s
     score = tl.dot(q1.to(KIND), tl.trans(r1.to(KIND)), input_precision="ieee")
@@ -86,55 +70,121 @@ def exact_tiles(
     query, q_cos, q_sin, keys, values, cos, sin, valid, bias, maxima, sums, totals,
     q_row, q_head, qt_row, k_row, k_head, k_entry, v_row, v_head, v_entry, t_row, t_entry,
     valid_row, b_row, b_head, count, first_tile, tiles, scaling,
-    HEADS: tl.constexpr, G: tl.constexpr, P: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr,
-    KIND: tl.constexpr, BIASED: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr,
+    HEADS: tl.constexpr, KIND: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
+    """Tiles of entries as they are; a program for each KV head, the first of ``HEADS`` places."""
     tile, kv, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    q1, q2 = _rotated_query(query, q_cos, q_sin, row, kv, q_row, q_head, qt_row, G, P, F)
+    q1, q2 = _queries(query, q_cos, q_sin, row, kv, 1, q_row, q_head, qt_row, G, P, F, HEADS)
     n = tile * TILE + tl.arange(0, TILE)
     held = n < count
-    d = tl.arange(0, F)
-    at = keys + row * k_row + kv * k_head + n[:, None] * k_entry + d[None, :]
-    k1 = tl.load(at, mask=held[:, None], other=0.0).to(tl.float32)
-    k2 = tl.load(at + F, mask=held[:, None], other=0.0).to(tl.float32)
-    score = _scores(q1, q2, k1, k2, cos, sin, n, held, row, t_row, t_entry, scaling, F, KIND)
-    if BIASED:
-        score += tl.load(bias + row * b_row + kv * b_head + n, mask=held, other=0.0).to(tl.float32)[
-            None, :
-        ]
-    shown = held & (tl.load(valid + row * valid_row + n, mask=held, other=0) != 0)
-    most, total, weight = _weights(score, shown)
+    j = tl.arange(0, HEADS * F)
+    inside = held[:, None] & (j < F)[None, :]
+    at = keys + row * k_row + kv * k_head + n[:, None] * k_entry + j[None, :]
+    k1 = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    k2 = tl.load(at + F, mask=inside, other=0.0).to(tl.float32)
     e = tl.arange(0, 2 * F)
     at = values + row * v_row + kv * v_head + n[:, None] * v_entry + e[None, :]
     value = tl.load(at, mask=held[:, None], other=0.0)
+    score = _scores(q1, q2, k1, k2, cos, sin, n, held, row, t_row, t_entry, scaling, F, HEADS, KIND)
+    if BIASED:
+        at = bias + row * b_row + kv * b_head + n
+        score += tl.load(at, mask=held, other=0.0).to(tl.float32)[None, :]
+    shown = held & (tl.load(valid + row * valid_row + n, mask=held, other=0) != 0)
+    most, total, weight = _weights(score, shown)
     # What is not read may be anything, and nothing times NaN is NaN.
     value = tl.where(shown[:, None], value, 0.0)
     summed = tl.dot(weight.to(KIND), value.to(KIND), input_precision="ieee")
     g = tl.arange(0, P)
     own = g < G
-    out = (row * HEADS + kv * G + g) * tiles + first_tile + tile
+    out = (row * H + kv * G + g) * tiles + first_tile + tile
     tl.store(maxima + out, most, mask=own)
     tl.store(sums + out, total, mask=own)
     tl.store(totals + out[:, None] * (2 * F) + e[None, :], summed, mask=own[:, None])
 
 
 @triton.jit
-def _words(
-    records, offsets, books, at_record, held, groups, some, offset_stage,
+def _offsets(offsets, stage, group, some, record_bytes, offset_stage):
+    """Bytes ``[WIDTH]`` that hold the codes of some groups in a stage; negative: there is none."""
+    found = tl.load(offsets + stage * offset_stage + group, mask=some, other=-1)
+    return tl.where(found < record_bytes, found, -1)
+
+
+@triton.jit
+def _codes(records, at_record, held, offset):
+    """Codes ``[TILE, WIDTH]`` at those bytes."""
+    coded = held[:, None] & (offset >= 0)[None, :]
+    return tl.load(records + at_record[:, None] + offset[None, :], mask=coded, other=0)
+
+
+@triton.jit
+def _words(books, code, held, offset, stage):
+    """Codewords ``[TILE, WIDTH, 8]`` of a stage, zeros where there is no code."""
+    coded = held[:, None] & (offset >= 0)[None, :]
+    word = ((stage * 256 + code.to(tl.int32)) * 8)[:, :, None] + tl.arange(0, 8)[None, None, :]
+    return tl.load(books + word, mask=coded[:, :, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _channels(
+    records, offsets, books, at_record, held, group, some, first, record_bytes, offset_stage,
     STAGES: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Channels ``[TILE, 8 * WIDTH]`` of ``WIDTH`` groups: the sum of their stages' codewords."""
-    c = tl.arange(0, 8)
-    total = tl.zeros([TILE, WIDTH, 8], dtype=tl.float32)
-    for stage in tl.static_range(STAGES):
-        offset = tl.load(offsets + stage * offset_stage + groups, mask=some, other=-1)
-        # Neighbours in variance have about as many stages, most of them few.
-        if tl.max(offset, axis=0) >= 0:
-            coded = held[:, None] & (offset >= 0)[None, :]
-            code = tl.load(records + at_record[:, None] + offset[None, :], mask=coded, other=0)
-            word = ((stage * 256 + code.to(tl.int32)) * 8)[:, :, None] + c[None, None, :]
-            total += tl.where(coded[:, :, None], tl.load(books + word).to(tl.float32), 0.0)
+    """Channels ``[TILE, 8 * WIDTH]`` of ``WIDTH`` groups: the sum of their stages' codewords.
+
+    Written in the order in which loads should leave: what does not follow from another load waits
+    for memory together. Few groups have more than two stages. ``first`` are the first one's bytes.
+    """
+    second = tl.full([WIDTH], -1, dtype=tl.int32)
+    third = second
+    if STAGES > 1:
+        second = _offsets(offsets, 1, group, some, record_bytes, offset_stage)
+    if STAGES > 2:
+        third = _offsets(offsets, 2, group, some, record_bytes, offset_stage)
+    code = _codes(records, at_record, held, first)
+    if STAGES > 1:
+        other = _codes(records, at_record, held, second)
+        total = _words(books, code, held, first, 0) + _words(books, other, held, second, 1)
+    else:
+        total = _words(books, code, held, first, 0)
+    if STAGES > 2:  # noqa: SIM102, which of the two the compiler decides
+        if tl.max(third, axis=0) >= 0:
+            code = _codes(records, at_record, held, third)
+            if STAGES > 3:
+                fourth = _offsets(offsets, 3, group, some, record_bytes, offset_stage)
+                code_4 = _codes(records, at_record, held, fourth)
+            if STAGES > 4:
+                fifth = _offsets(offsets, 4, group, some, record_bytes, offset_stage)
+                code_5 = _codes(records, at_record, held, fifth)
+            if STAGES > 5:
+                sixth = _offsets(offsets, 5, group, some, record_bytes, offset_stage)
+                code_6 = _codes(records, at_record, held, sixth)
+            total += _words(books, code, held, third, 2)
+            if STAGES > 3:
+                total += _words(books, code_4, held, fourth, 3)
+            if STAGES > 4:
+                total += _words(books, code_5, held, fifth, 4)
+            if STAGES > 5:
+                total += _words(books, code_6, held, sixth, 5)
     return tl.reshape(total, [TILE, 8 * WIDTH])
+
+
+@triton.jit
+def _directions(
+    basis, scale, deviation, rows, row, block, c, inside,
+    basis_row, basis_block, basis_channel, scale_row, scale_block, deviation_row, deviation_block,
+    rows_row, rows_block, CHOSEN: tl.constexpr,
+):  # fmt: skip
+    """Where the directions of channels ``c [CHUNK]`` start, and their factors."""
+    which = c
+    if CHOSEN:
+        at = rows + row * rows_row + block * rows_block + c
+        which = tl.load(at, mask=inside, other=0).to(tl.int32)
+    at = deviation + row * deviation_row + block * deviation_block + c
+    factor = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    at = scale + row * scale_row + block * scale_block + which
+    factor *= tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    return basis + row * basis_row + block * basis_block + which * basis_channel, factor
 
 
 @triton.jit
@@ -150,55 +200,88 @@ def _gain(records, at_record, held, start, HALF: tl.constexpr, STEPS: tl.constex
 
 @triton.jit
 def coded_tiles(
-    query, q_cos, q_sin, records, offsets, books, basis, factor, mean, cos, sin, valid, order,
-    hidden, maxima, sums, totals,
-    q_row, q_head, qt_row, r_row, r_entry, offset_row, offset_stage, basis_row, basis_block,
-    basis_channel, factor_row, factor_block, mean_row, mean_block, t_row, t_entry, valid_row,
-    order_row, hidden_row, count, tiles, scaling, channels, value_channels, value_group,
-    gain_start, gain_stride, value_gain_start, value_gain_stride, num_hidden,
-    HEADS: tl.constexpr, G: tl.constexpr, P: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr,
-    CHUNK: tl.constexpr, STAGES: tl.constexpr, SHARE: tl.constexpr, VALUE_SHARE: tl.constexpr,
-    HALF: tl.constexpr, STEPS: tl.constexpr, HIDDEN: tl.constexpr, KIND: tl.constexpr,
-    CODE_KIND: tl.constexpr,
+    query, q_cos, q_sin, records, offsets, books,
+    k_basis, k_scale, k_deviation, k_mean, k_rows, k_weight,
+    v_basis, v_scale, v_deviation, v_mean, v_rows, v_weight,
+    log_weight, cos, sin, valid, order, hidden, maxima, sums, totals,
+    q_row, q_head, qt_row, r_row, r_entry, record_bytes, offset_row, offset_stage,
+    k_basis_row, k_basis_block, k_basis_channel, k_scale_row, k_scale_block, k_deviation_row,
+    k_deviation_block, k_mean_row, k_mean_block, k_rows_row, k_rows_block, k_weight_row,
+    k_weight_block, k_gain, k_gain_block, k_channels,
+    v_basis_row, v_basis_block, v_basis_channel, v_scale_row, v_scale_block, v_deviation_row,
+    v_deviation_block, v_mean_row, v_mean_block, v_rows_row, v_rows_block, v_weight_row,
+    v_weight_block, v_gain, v_gain_block, v_channels, log_row,
+    t_row, t_entry, valid_row, order_row, hidden_row, num_hidden, count, first_tile, tiles, blocks,
+    scaling,
+    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr,
+    CHUNK: tl.constexpr, STAGES: tl.constexpr, SHARE: tl.constexpr, HEADS: tl.constexpr,
+    K_CHOSEN: tl.constexpr, K_WEIGHTED: tl.constexpr, V_CHOSEN: tl.constexpr,
+    V_WEIGHTED: tl.constexpr, BIASED: tl.constexpr, HALF: tl.constexpr, STEPS: tl.constexpr,
+    HIDDEN: tl.constexpr, KIND: tl.constexpr, CODE_KIND: tl.constexpr,
 ):  # fmt: skip
-    tile, kv, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    q1, q2 = _rotated_query(query, q_cos, q_sin, row, kv, q_row, q_head, qt_row, G, P, F)
+    """Tiles of codes; a program for ``HEADS`` of the ``SHARE`` KV heads of a block."""
+    tile, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    pieces: tl.constexpr = (SHARE + HEADS - 1) // HEADS
+    block = tl.program_id(1) // pieces
+    head = tl.program_id(1) % pieces * HEADS
+    own_heads = tl.minimum(SHARE - head, HEADS)
+    kv = block * SHARE + head
+    q1, q2 = _queries(
+        query, q_cos, q_sin, row, kv, own_heads, q_row, q_head, qt_row, G, P, F, HEADS
+    )
     n = tile * TILE + tl.arange(0, TILE)
     held = n < count
-    at_record = row * r_row + n * r_entry
-    d = tl.arange(0, F)
+    at_record = n * r_entry
+    records += row * r_row
+    offsets += row * offset_row
     width: tl.constexpr = CHUNK // 8
-    # SHARE heads share a block; this head's columns of its basis start at `column`.
-    block = kv // SHARE
-    column = (kv % SHARE) * 2 * F
-    k1 = tl.zeros([TILE, F], dtype=tl.float32)
-    k2 = tl.zeros([TILE, F], dtype=tl.float32)
-    for start in range(0, channels, CHUNK):
+    # Columns of the basis: the first half of every head of the program; the second lies F behind.
+    j = tl.arange(0, HEADS * F)
+    column = (head + j // F) * 2 * F + j % F
+    there = j // F < own_heads
+    k1 = tl.zeros([TILE, HEADS * F], dtype=tl.float32)
+    k2 = tl.zeros([TILE, HEADS * F], dtype=tl.float32)
+    group = block * (k_channels // 8) + tl.arange(0, width)
+    last = (block + 1) * (k_channels // 8)
+    ahead = _offsets(offsets, 0, group, group < last, record_bytes, offset_stage)
+    for start in range(0, k_channels, CHUNK):
         c = start + tl.arange(0, CHUNK)
-        group = start // 8 + tl.arange(0, width)
-        some = group * 8 < channels
-        chosen = block * (channels // 8) + group
-        coded = _words(
-            records, offsets + row * offset_row, books, at_record, held, chosen, some,
-            offset_stage, STAGES, TILE, width,
-        )  # fmt: skip
-        scale = tl.load(
-            factor + row * factor_row + block * factor_block + c, mask=c < channels, other=0.0
-        )
-        coded = (coded * scale[None, :]).to(CODE_KIND)
-        at_basis = (
-            basis + row * basis_row + block * basis_block + c[:, None] * basis_channel + column
-        )
-        inside = (c < channels)[:, None]
-        b1 = tl.load(at_basis + d[None, :], mask=inside, other=0).to(CODE_KIND)
-        b2 = tl.load(at_basis + F + d[None, :], mask=inside, other=0).to(CODE_KIND)
-        k1 += tl.dot(coded, b1, input_precision="ieee")
-        k2 += tl.dot(coded, b2, input_precision="ieee")
-    gain = _gain(records, at_record, held, gain_start + block * gain_stride, HALF, STEPS)
-    at_mean = mean + row * mean_row + block * mean_block + column + d
-    k1 = k1 * gain[:, None] + tl.load(at_mean).to(tl.float32)[None, :]
-    k2 = k2 * gain[:, None] + tl.load(at_mean + F).to(tl.float32)[None, :]
-    score = _scores(q1, q2, k1, k2, cos, sin, n, held, row, t_row, t_entry, scaling, F, KIND)
+        first, some, own_group = ahead, group < last, group
+        group += width
+        ahead = _offsets(offsets, 0, group, group < last, record_bytes, offset_stage)
+        if tl.max(first, axis=0) >= 0:
+            inside = c < k_channels
+            starts, factor = _directions(
+                k_basis, k_scale, k_deviation, k_rows, row, block, c, inside, k_basis_row,
+                k_basis_block, k_basis_channel, k_scale_row, k_scale_block, k_deviation_row,
+                k_deviation_block, k_rows_row, k_rows_block, K_CHOSEN,
+            )  # fmt: skip
+            element = starts[:, None] + column[None, :]
+            mask = inside[:, None] & there[None, :]
+            b1 = tl.load(element, mask=mask, other=0)
+            b2 = tl.load(element + F, mask=mask, other=0)
+            coded = _channels(
+                records, offsets, books, at_record, held, own_group, some, first, record_bytes,
+                offset_stage, STAGES, TILE, width,
+            )  # fmt: skip
+            coded = (coded * factor[None, :]).to(CODE_KIND)
+            k1 = tl.dot(coded, b1.to(CODE_KIND), k1, input_precision="ieee")
+            k2 = tl.dot(coded, b2.to(CODE_KIND), k2, input_precision="ieee")
+    gain = _gain(records, at_record, held, k_gain + block * k_gain_block, HALF, STEPS)
+    k1, k2 = k1 * gain[:, None], k2 * gain[:, None]
+    if K_WEIGHTED:
+        at = k_weight + row * k_weight_row + block * k_weight_block + column
+        k1 /= tl.load(at, mask=there, other=1.0).to(tl.float32)[None, :]
+        k2 /= tl.load(at + F, mask=there, other=1.0).to(tl.float32)[None, :]
+    at = k_mean + row * k_mean_row + block * k_mean_block + column
+    k1 += tl.load(at, mask=there, other=0.0).to(tl.float32)[None, :]
+    k2 += tl.load(at + F, mask=there, other=0.0).to(tl.float32)[None, :]
+    score = _scores(q1, q2, k1, k2, cos, sin, n, held, row, t_row, t_entry, scaling, F, HEADS, KIND)
+    g = tl.arange(0, P)
+    own = g < own_heads * G
+    if BIASED:
+        at = log_weight + row * log_row + kv + g // G
+        score += tl.load(at, mask=own, other=0.0).to(tl.float32)[:, None]
     shown = held & (tl.load(valid + row * valid_row + n, mask=held, other=0) != 0)
     if HIDDEN:
         own_order = tl.load(order + row * order_row + n, mask=held, other=-1)
@@ -207,126 +290,79 @@ def coded_tiles(
         same = (own_order[:, None] == marks[None, :]).to(tl.int32)
         shown = shown & (tl.sum(same, axis=1) == 0)
     most, total, weight = _weights(score, shown)
-    g = tl.arange(0, P)
-    own = g < G
-    out = (row * HEADS + kv * G + g) * tiles + tile
+    gain = _gain(records, at_record, held, v_gain + block * v_gain_block, HALF, STEPS)
+    # What is not read may decode to anything, and nothing times NaN is NaN.
+    weight = tl.where(shown[None, :], weight * gain[None, :], 0.0)
+    # Means of channels are as small as channels are, which sums need not be.
+    size = tl.sum(weight, axis=1)
+    weight = (weight / tl.where(size > 0, size, 1.0)[:, None]).to(CODE_KIND)
+    i = tl.arange(0, 2 * HEADS * F)
+    column = head * 2 * F + i
+    there = i // (2 * F) < own_heads
+    summed = tl.zeros([P, 2 * HEADS * F], dtype=tl.float32)
+    group = blocks * (k_channels // 8) + block * (v_channels // 8) + tl.arange(0, width)
+    last = blocks * (k_channels // 8) + (block + 1) * (v_channels // 8)
+    ahead = _offsets(offsets, 0, group, group < last, record_bytes, offset_stage)
+    for start in range(0, v_channels, CHUNK):
+        c = start + tl.arange(0, CHUNK)
+        first, some, own_group = ahead, group < last, group
+        group += width
+        ahead = _offsets(offsets, 0, group, group < last, record_bytes, offset_stage)
+        if tl.max(first, axis=0) >= 0:
+            inside = c < v_channels
+            starts, factor = _directions(
+                v_basis, v_scale, v_deviation, v_rows, row, block, c, inside, v_basis_row,
+                v_basis_block, v_basis_channel, v_scale_row, v_scale_block, v_deviation_row,
+                v_deviation_block, v_rows_row, v_rows_block, V_CHOSEN,
+            )  # fmt: skip
+            mask = inside[:, None] & there[None, :]
+            b = tl.load(starts[:, None] + column[None, :], mask=mask, other=0)
+            coded = _channels(
+                records, offsets, books, at_record, held, own_group, some, first, record_bytes,
+                offset_stage, STAGES, TILE, width,
+            )  # fmt: skip
+            mean = tl.dot(weight, coded.to(CODE_KIND), input_precision="ieee")
+            mean = (mean * factor[None, :]).to(CODE_KIND)
+            summed = tl.dot(mean, b.to(CODE_KIND), summed, input_precision="ieee")
+    summed *= size[:, None]
+    if V_WEIGHTED:
+        at = v_weight + row * v_weight_row + block * v_weight_block + column
+        summed /= tl.load(at, mask=there, other=1.0).to(tl.float32)[None, :]
+    at = v_mean + row * v_mean_row + block * v_mean_block + column
+    summed += total[:, None] * tl.load(at, mask=there, other=0.0).to(tl.float32)[None, :]
+    out = (row * H + kv * G + g) * tiles + first_tile + tile
     tl.store(maxima + out, most, mask=own)
     tl.store(sums + out, total, mask=own)
-    block = kv // VALUE_SHARE
-    at_gain = value_gain_start + block * value_gain_stride
-    gain = _gain(records, at_record, held, at_gain, HALF, STEPS)
-    # What is not read may decode to anything, and nothing times NaN is NaN.
-    weight = tl.where(shown[None, :], weight * gain[None, :], 0.0).to(CODE_KIND)
-    for start in range(0, value_channels, CHUNK):
-        c = start + tl.arange(0, CHUNK)
-        group = start // 8 + tl.arange(0, width)
-        some = group * 8 < value_channels
-        chosen = value_group + block * (value_channels // 8) + group
-        coded = _words(
-            records, offsets + row * offset_row, books, at_record, held, chosen, some,
-            offset_stage, STAGES, TILE, width,
-        )  # fmt: skip
-        summed = tl.dot(weight, coded.to(CODE_KIND), input_precision="ieee")
-        tl.store(
-            totals + out[:, None] * value_channels + c[None, :],
-            summed,
-            mask=own[:, None] & (c < value_channels)[None, :],
-        )
-
-
-@triton.jit
-def _tile_weights(maxima, base, tiles, peak, TILES: tl.constexpr):
-    """How much each tile counts once all are measured against one maximum."""
-    t = tl.arange(0, TILES)
-    most = tl.load(maxima + base * tiles + t, mask=t < tiles, other=float("-inf"))
-    return tl.exp(most - peak)
-
-
-@triton.jit
-def _peak(maxima, base, tiles, TILES: tl.constexpr):
-    t = tl.arange(0, TILES)
-    return tl.max(tl.load(maxima + base * tiles + t, mask=t < tiles, other=float("-inf")), axis=0)
-
-
-@triton.jit
-def _mass(sums, base, tiles, counts, TILES: tl.constexpr):
-    t = tl.arange(0, TILES)
-    return tl.sum(tl.load(sums + base * tiles + t, mask=t < tiles, other=0.0) * counts, axis=0)
-
-
-@triton.jit
-def _projected(
-    totals, basis, factor, mean, counts, mass, base, row, kv, tiles, basis_row, basis_block,
-    basis_channel, factor_row, factor_block, mean_row, mean_block, channels,
-    F: tl.constexpr, TILES: tl.constexpr, CHUNK: tl.constexpr, SHARE: tl.constexpr,
-):  # fmt: skip
-    """Values ``[2F]`` of one query head from the channels that its tiles summed."""
-    t = tl.arange(0, TILES)
-    e = tl.arange(0, 2 * F)
-    block = kv // SHARE
-    column = (kv % SHARE) * 2 * F
-    at_mean = mean + row * mean_row + block * mean_block + column + e
-    out = tl.load(at_mean).to(tl.float32) * mass
-    for start in range(0, channels, CHUNK):
-        c = start + tl.arange(0, CHUNK)
-        inside = c < channels
-        at_sum = totals + (base * tiles + t)[:, None] * channels + c[None, :]
-        parts = tl.load(at_sum, mask=(t < tiles)[:, None] & inside[None, :], other=0.0)
-        summed = tl.sum(parts * counts[:, None], axis=0)
-        scale = tl.load(
-            factor + row * factor_row + block * factor_block + c, mask=inside, other=0.0
-        )
-        at_basis = basis + row * basis_row + block * basis_block + c[:, None] * basis_channel
-        rows = tl.load(at_basis + column + e[None, :], mask=inside[:, None], other=0).to(tl.float32)
-        out += tl.sum((summed * scale)[:, None] * rows, axis=0)
-    return out
+    mine = own[:, None] & (g[:, None] // G == i[None, :] // (2 * F))
+    tl.store(totals + out[:, None] * (2 * F) + (i % (2 * F))[None, :], summed, mask=mine)
 
 
 @triton.jit
 def merge(
     out, maxima, sums, totals, tiles,
-    a_maxima, a_sums, a_totals, a_basis, a_factor, a_mean, a_tiles, a_basis_row, a_basis_block,
-    a_basis_channel, a_factor_row, a_factor_block, a_mean_row, a_mean_block, a_channels,
-    b_maxima, b_sums, b_totals, b_basis, b_factor, b_mean, b_tiles, b_basis_row, b_basis_block,
-    b_basis_channel, b_factor_row, b_factor_block, b_mean_row, b_mean_block, b_channels,
-    HEADS: tl.constexpr, G: tl.constexpr, F: tl.constexpr, TILES: tl.constexpr,
-    A_TILES: tl.constexpr, A_SHARE: tl.constexpr, B_TILES: tl.constexpr, B_SHARE: tl.constexpr,
-    CHUNK: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """One query head's output from its tiles; ``A_TILES`` or ``B_TILES`` of 0: no such part."""
-    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    kv = head // G
-    base = row * HEADS + head
-    e = tl.arange(0, 2 * F)
+    """``COLUMNS`` of one query head's output ``[D]``, from what its tiles left."""
+    piece, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    base = row * H + head
     t = tl.arange(0, TILES)
-    peak = _peak(maxima, base, tiles, TILES)
-    if A_TILES:
-        peak = tl.maximum(peak, _peak(a_maxima, base, a_tiles, A_TILES))
-    if B_TILES:
-        peak = tl.maximum(peak, _peak(b_maxima, base, b_tiles, B_TILES))
-    counts = _tile_weights(maxima, base, tiles, peak, TILES)
-    mass = _mass(sums, base, tiles, counts, TILES)
-    at = totals + (base * tiles + t)[:, None] * (2 * F) + e[None, :]
-    total = tl.sum(tl.load(at, mask=(t < tiles)[:, None], other=0.0) * counts[:, None], axis=0)
-    if A_TILES:
-        counts = _tile_weights(a_maxima, base, a_tiles, peak, A_TILES)
-        own = _mass(a_sums, base, a_tiles, counts, A_TILES)
-        mass += own
-        total += _projected(
-            a_totals, a_basis, a_factor, a_mean, counts, own, base, row, kv, a_tiles, a_basis_row,
-            a_basis_block, a_basis_channel, a_factor_row, a_factor_block, a_mean_row, a_mean_block,
-            a_channels, F, A_TILES, CHUNK, A_SHARE,
-        )  # fmt: skip
-    if B_TILES:
-        counts = _tile_weights(b_maxima, base, b_tiles, peak, B_TILES)
-        own = _mass(b_sums, base, b_tiles, counts, B_TILES)
-        mass += own
-        total += _projected(
-            b_totals, b_basis, b_factor, b_mean, counts, own, base, row, kv, b_tiles, b_basis_row,
-            b_basis_block, b_basis_channel, b_factor_row, b_factor_block, b_mean_row, b_mean_block,
-            b_channels, F, B_TILES, CHUNK, B_SHARE,
-        )  # fmt: skip
-    tl.store(out + base * (2 * F) + e, (total / mass).to(out.dtype.element_ty))
+    e = piece * COLUMNS + tl.arange(0, COLUMNS)
+    most = tl.full([TILES], float("-inf"), dtype=tl.float32)
+    for start in range(0, tiles, TILES):
+        at = maxima + base * tiles + start + t
+        most = tl.maximum(most, tl.load(at, mask=start + t < tiles, other=float("-inf")))
+    peak = tl.max(most, axis=0)
+    mass = tl.zeros([TILES], dtype=tl.float32)
+    total = tl.zeros([TILES, COLUMNS], dtype=tl.float32)
+    for start in range(0, tiles, TILES):
+        there = start + t < tiles
+        at = base * tiles + start + t
+        counts = tl.exp(tl.load(maxima + at, mask=there, other=float("-inf")) - peak)
+        mass += counts * tl.load(sums + at, mask=there, other=0.0)
+        at = totals + at[:, None] * D + e[None, :]
+        total += counts[:, None] * tl.load(at, mask=there[:, None], other=0.0)
+    result = tl.sum(total, axis=0) / tl.sum(mass, axis=0)
+    tl.store(out + base * D + e, result.to(out.dtype.element_ty))
 
 
 @triton.jit

@@ -1,5 +1,9 @@
 """Random entries and codes for the kernels' tests."""
 
+import dataclasses
+import os
+from typing import Any
+
 import torch
 
 from adms import ADMSConfig
@@ -7,6 +11,24 @@ from adms.compressors.base import COMPRESSORS, Coder, LayerContext
 from adms.compressors.tables import CodeTables, Projection
 from adms.entries import Entries, TokenShape
 from adms.kernels.parts import CodedPart, ExactPart
+
+# Where Triton's kernels run: on a GPU, or on the CPU in its interpreter.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RUNS_TRITON = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def moved(given: Any, device: torch.device) -> Any:
+    """Tensors, or parts made of them, on a device."""
+    if isinstance(given, torch.Tensor):
+        return given.to(device)
+    if isinstance(given, list | tuple):
+        return type(given)(moved(one, device) for one in given)
+    if dataclasses.is_dataclass(given) and not isinstance(given, type):
+        fields = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
+        return dataclasses.replace(
+            given, **{name: moved(value, device) for name, value in fields.items()}
+        )
+    return given
 
 
 def draw(*shape: int, seed: int) -> torch.Tensor:
@@ -88,18 +110,29 @@ def blocked_part(rows: int, heads: int, count: int, size: int, blocks: int) -> C
     joined, stages = heads // blocks * size, 3
     channels, value_channels = joined // 2 // 8 * 8, joined * 3 // 4 // 8 * 8
     groups = blocks * (channels + value_channels) // 8
-    held = torch.rand(rows, stages, groups, generator=generator) < 0.6
+    held = (torch.rand(rows, stages, groups, generator=generator) < 0.7).cumprod(1) > 0
     offsets = torch.where(held, 2 + held.flatten(1).cumsum(1).view_as(held) - 1, -1)
     width = 2 + int(held.flatten(1).sum(1).max())
     records = torch.randint(0, 256, (rows, count, width), generator=generator, dtype=torch.uint8)
     records[..., :2] = records[..., :2] % 16 + 120
 
-    def side(coded: int, gain: int) -> Projection:
-        basis = torch.randint(-127, 128, (rows, blocks, coded, joined), generator=generator)
-        factor = torch.rand(rows, blocks, coded, generator=generator) / 127 / coded**0.5
+    def side(coded: int, gain: int, weighted: bool) -> Projection:
+        # More directions than are used, chosen by each row; or one basis a row, in order.
+        basis = torch.randint(-127, 128, (rows, blocks, joined, joined), generator=generator)
+        scale = torch.rand(rows, blocks, joined, generator=generator).half() / 127
+        deviation = torch.rand(rows, blocks, coded, generator=generator) / coded**0.5
         mean = torch.randn(rows, blocks, joined, generator=generator).half()
-        return Projection(basis.to(torch.int8), factor, mean, gain, 0)
+        chosen = torch.rand(rows, blocks, joined, generator=generator).argsort(2)[..., :coded]
+        weight = torch.rand(1, blocks, joined, generator=generator).half() + 0.5
+        basis = basis.to(torch.int8)
+        if not weighted:
+            return Projection(basis, scale, deviation.half(), mean, gain, 0)
+        return Projection(
+            basis[:1], scale[:1], deviation.half(), mean, gain, 0, chosen.to(torch.int16), weight
+        )
 
-    tables = CodeTables(offsets.to(torch.int32), side(channels, 0), side(value_channels, 1))
+    sides = side(channels, 0, True), side(value_channels, 1, blocks > 1)
+    weight = torch.rand(rows, heads, generator=generator).half()
+    tables = CodeTables(offsets.to(torch.int32), width - 3, *sides, log_weight=weight)
     valid = torch.ones(1, count, dtype=torch.bool)
     return CodedPart(records, tables, *rotations(1, count, size, 5), valid)

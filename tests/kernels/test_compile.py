@@ -34,7 +34,7 @@ class Recorder:
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
-        kwargs.pop("num_warps", None)
+        options = {name: kwargs.pop(name) for name in ("num_warps", "maxnreg") if name in kwargs}
         given = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
         constants = {
             (index,): given[parameter.name]
@@ -46,7 +46,7 @@ class Recorder:
             for parameter in self.kernel.params
         }
         source = ASTSource(self.kernel, signature, constants)
-        triton.compile(source, target=GPUTarget("cuda", 90, 32))
+        triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         self.calls += 1
 
 
@@ -58,13 +58,14 @@ def kind(argument: Any) -> str:
         return "i32"
     names = {
         torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "i8",
-        torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
+        torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
     }  # fmt: skip
     return "*" + names[argument.dtype]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float32, 64), (torch.bfloat16, 128), (torch.float16, 16)]
+)
 def test_kernels_compile_for_hopper(
     dtype: torch.dtype, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

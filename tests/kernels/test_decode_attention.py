@@ -12,10 +12,33 @@ from torch.testing import assert_close
 from adms.kernels import has_triton
 from adms.kernels.decode_attention import decode_attention
 from adms.kernels.parts import CodedPart, ExactPart, decode
-from tests.kernels.material import blocked_part, coded_part, draw, exact_part, rotations
+from tests.kernels.material import (
+    DEVICE,
+    RUNS_TRITON,
+    blocked_part,
+    coded_part,
+    draw,
+    exact_part,
+    moved,
+    rotations,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-KERNELS = [False] + [True] * INTERPRETED
+KERNELS = [False] + [True] * RUNS_TRITON
+
+
+def attend(
+    query: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    exact: list[ExactPart],
+    coded: list[CodedPart],
+    scaling: float,
+    fused: bool,
+) -> torch.Tensor:
+    """The kernel in question, on a GPU where there is one and it is fused."""
+    given = moved([query, cos, sin, exact, coded], DEVICE if fused else torch.device("cpu"))
+    return decode_attention(*given, scaling=scaling, fused=fused).cpu()
 
 
 def turn(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -48,6 +71,8 @@ def oracle(
                 score = turned @ asked * scaling
                 if isinstance(part, ExactPart) and part.log_weight is not None:
                     score = score + part.log_weight[row, kv].double()
+                if isinstance(part, CodedPart) and part.tables.log_weight is not None:
+                    score = score + part.tables.log_weight[row, kv].double()
                 scores.append(score[shown])
                 values.append(own[row, kv].double()[shown])
             out[row, head] = torch.cat(scores).softmax(0) @ torch.cat(values)
@@ -74,7 +99,7 @@ def test_equals_dense_attention_over_what_the_coder_decodes(
         coded = [part, marks]
         states += [(one.keys, one.values) for one in (decoded, marked)]
     expected = oracle(query, cos, sin, [*exact, *coded], states, 0.3)
-    found = decode_attention(query, cos, sin, exact, coded, scaling=0.3, fused=fused)
+    found = attend(query, cos, sin, exact, coded, 0.3, fused)
     assert_close(found.double(), expected, atol=2e-5, rtol=2e-5)
 
 
@@ -88,7 +113,7 @@ def test_basis_per_block_of_heads(blocks: int, fused: bool) -> None:
     exact = [exact_part(rows, kv_heads, 9, size)]
     states = [(exact[0].keys, exact[0].values), decode(part, kv_heads)]
     expected = oracle(query, cos, sin, [*exact, part], states, 0.25)
-    found = decode_attention(query, cos, sin, exact, [part], scaling=0.25, fused=fused)
+    found = attend(query, cos, sin, exact, [part], 0.25, fused)
     assert_close(found.double(), expected, atol=2e-5, rtol=2e-5)
 
 
@@ -110,7 +135,7 @@ def test_bytes_that_are_not_read_may_be_anything(fused: bool) -> None:
     expected = oracle(query, cos, sin, [*exact, part], states, 0.25)
     # As float16, all ones is NaN.
     part.records[:, -1] = 255
-    found = decode_attention(query, cos, sin, exact, [part], scaling=0.25, fused=fused)
+    found = attend(query, cos, sin, exact, [part], 0.25, fused)
     assert_close(found.double(), expected, atol=2e-5, rtol=2e-5)
 
 

@@ -1,15 +1,11 @@
-"""The kernel that puts a new token into its ring slot, in the interpreter."""
-
-import os
+"""The kernel that puts a new token into its ring slot, on a GPU or in the interpreter."""
 
 import pytest
 import torch
 
-from tests.kernels.material import draw
+from tests.kernels.material import DEVICE, RUNS_TRITON, draw, moved
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"
-)
+pytestmark = pytest.mark.skipif(not RUNS_TRITON, reason="needs a GPU or TRITON_INTERPRET=1")
 
 
 @pytest.mark.parametrize("bad", [None, float("nan"), float("-inf")])
@@ -23,7 +19,9 @@ def test_writes_one_slot_and_flags_what_is_not_finite(bad: float | None) -> None
         value[1, 2, 0, 7] = bad
     keys, values = torch.zeros(rows, heads, slots, size), torch.zeros(rows, heads, slots, size)
     flag = torch.zeros(1, dtype=torch.uint8)
-    fused_write_token(key, value, keys, values, torch.tensor([1, 4]), flag)
+    given = (key, value, keys, values, torch.tensor([1, 4]), flag)
+    key, value, keys, values, slots, flag = moved(given, DEVICE)
+    fused_write_token(key, value, keys, values, slots, flag)
     assert bool(flag) == (bad is not None)
     for row, slot in enumerate((1, 4)):
         torch.testing.assert_close(keys[row, :, slot], key[row, :, 0])
