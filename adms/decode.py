@@ -83,7 +83,7 @@ def _obstacle(
     if cache.step_refused is not None:
         return cache.step_refused
     if not binding.captures:
-        return "the architecture does more in a pass than a graph can hold"
+        return "the architecture, or tensor parallelism, does more in a pass than a graph can hold"
     if view.device.type == "cuda" and not has_triton():
         return "Triton is not installed"
     if any(layer.device != view.device for layer in cache.layers):

@@ -152,7 +152,8 @@ class Installation:
                 is_active=lambda: self.active,
                 context=context,
                 kernel=kernel,
-                captures=self.family.captures,
+                # Ranks wait for one another in a pass, and each would capture at a time of its own.
+                captures=self.family.captures and not getattr(model, "tp_size", None),
                 calibration=calibration,
                 fit=self._fit,
                 gates=gates,
