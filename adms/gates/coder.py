@@ -1,8 +1,8 @@
 """A compressor behind a gate: tokens are folded while they wait, then what is left is coded.
 
-Any compressor can stand behind it. A block of tokens becomes fewer entries, each the mean of the
-exact tokens it stands for; the compressor codes these, and a byte for each token says which entry
-it is part of. The logarithm of an entry's tokens is its log-weight.
+Any compressor can stand behind it. Of a block of tokens some are admitted and stand for the others
+too; the compressor codes these, and a byte for each token says which entry it is part of. The
+logarithm of an entry's tokens is its log-weight.
 
 Shapes: ``B`` rows, ``K`` KV heads, ``N`` tokens, ``R`` blocks (records), ``T`` tokens of a block,
 ``M`` entries of a block, ``I`` records of the compressor behind the gate in one of the gate's.
@@ -69,7 +69,7 @@ class GatedCoder(Coder):
         if self._gates:
             scores = log_importance(self._gate_on(keys.device), keys, values)
         hosts = choose_hosts(token_distance(keys, values), self.admitted, scores)
-        folded = fold(keys, values, hosts, self.admitted, scores)
+        folded = fold(keys, values, hosts, self.admitted)
         left = Entries(folded.keys.flatten(2, 3), folded.values.flatten(2, 3))
         # No finer than what is kept: landmarks are tokens, and these may stand for several.
         codes = self.inner.encode(header, left, queries)[..., : self.inner.record_bytes]
@@ -133,15 +133,15 @@ class GatedCompressor(Compressor):
 
     def block_tokens(self, config: "ADMSConfig") -> int:
         """Tokens of a block, of which the inner compressor gets whole blocks of its own."""
-        return self._sizes(config)[0]
-
-    def _sizes(self, config: "ADMSConfig") -> tuple[int, int]:
-        return self.update.block_sizes(self.inner.block_tokens(config))
+        return self.update.block_sizes(self.inner.block_tokens(config))[0]
 
     def bind(self, context: LayerContext, nbytes: int, config: "ADMSConfig") -> Coder:
-        """A coder for this layer."""
+        """A coder for this layer; a layer that admits every token has no gate."""
         inner = self.inner.bind(context, nbytes, config)
-        tokens, admitted = self._sizes(config)
+        layer = None if context.gate is None else context.layer_idx
+        tokens, admitted = self.update.block_sizes(self.inner.block_tokens(config), layer)
+        if admitted == tokens:
+            return inner
         return GatedCoder(inner, tokens, admitted, context.gate)
 
 

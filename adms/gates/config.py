@@ -14,15 +14,17 @@ POLICIES = ("similarity", "learned")
 class AdaptiveUpdateConfig:
     """A gate before the middle: of each block of tokens, some keep an entry of their own.
 
-    The others are folded into the most similar one of these, which from then on is their mean and
-    weighs as many tokens. Every layer decides on its own; how many tokens are admitted is fixed, so
-    that memory stays bounded and no layer waits for the device.
+    Each of the others is folded into the most similar one of these, which stands for it and weighs
+    as many tokens. Every layer decides on its own; how many tokens it admits is fixed, so that
+    memory stays bounded and no layer waits for the device.
 
     Attributes:
-        policy: "similarity" folds the tokens that are most alike; "learned" weighs them by what
-            gates trained with ``adms train-gates`` make of them.
-        admission: share of the tokens that keep an entry of their own, 0.5 to 1 (0.75 if None); 1
-            admits all and changes nothing. With "learned", the gates' own, and left out.
+        policy: "similarity" folds the tokens that are most alike, in all layers as many; "learned"
+            weighs them by gates trained with ``adms train-gates``, which say too how many tokens
+            each layer admits.
+        admission: share of the tokens that keep an entry of their own, 0.1 to 1 (0.75 if None); 1
+            admits all and changes nothing. With "learned", the mean of the gates' own, and left
+            out.
         block_tokens: tokens that are decided on together (more where the compressor has blocks of
             its own); they wait for each other, and what waits is charged to ``compressed_budget``.
             With "learned", the gates' own, and left out.
@@ -80,20 +82,24 @@ class AdaptiveUpdateConfig:
         """Whether every token is admitted."""
         return self.admission == 1.0
 
-    def block_sizes(self, inner_block: int) -> tuple[int, int]:
+    def block_sizes(self, inner_block: int, layer_idx: int | None = None) -> tuple[int, int]:
         """Tokens of a block, and those admitted, for a compressor with blocks of its own.
 
         Args:
             inner_block: tokens that the compressor codes together; 1 for most.
+            layer_idx: the layer; None for the mean over layers. Blocks are alike in all of them.
         """
         if self.admission is None or self.block_tokens is None:
             raise RuntimeError("a configuration without its numbers")
-        # A hair more, so that 0.6 of 10 is 6 whatever the rounding.
-        admitted = max(1, math.floor(self.block_tokens * self.admission + 1e-9))
-        if admitted % inner_block == 0:
-            return self.block_tokens, admitted
-        admitted = math.ceil(admitted / inner_block) * inner_block
-        return math.ceil(admitted / self.admission - 1e-9), admitted
+        tokens = self.block_tokens
+        admitted = _some_of(tokens, self.admission)
+        if admitted % inner_block:
+            admitted = math.ceil(admitted / inner_block) * inner_block
+            tokens = math.ceil(admitted / self.admission - 1e-9)
+        if layer_idx is None or self.gates is None or layer_idx >= len(self.gates.admissions):
+            return tokens, admitted
+        own = math.ceil(_some_of(tokens, self.gates.admissions[layer_idx]) / inner_block)
+        return tokens, min(own, tokens // inner_block) * inner_block
 
     def to_dict(self) -> dict[str, Any]:
         """The policy and its numbers; gates are a model's, and not among them."""
@@ -115,12 +121,18 @@ def check_admission(value: Any) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ADMSTypeError(f"admission must be a number, got {value!r}")
-    if not 0.5 <= value <= 1.0:
+    if not 0.1 <= value <= 1.0:
         raise ADMSValueError(
-            f"admission must lie in 0.5..1, got {value}; a folded token needs an admitted one that "
-            "is like it, so at least half are admitted"
+            f"admission must lie in 0.1..1, got {value}; an entry that stands for more than ten "
+            "tokens is like none of them"
         )
     return float(value)
+
+
+def _some_of(tokens: int, share: float) -> int:
+    """A share of a block, at least one token."""
+    # A hair more, so that 0.6 of 10 is 6 whatever the rounding.
+    return max(1, math.floor(tokens * share + 1e-9))
 
 
 def check_block(value: Any) -> int:

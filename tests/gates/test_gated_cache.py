@@ -24,7 +24,7 @@ def trained(model: torch.nn.Module, seed: int = 0) -> UpdateGates:
     weights = tuple(
         torch.randn(weight.shape, generator=generator) * 0.1 for weight in gates.weights
     )
-    return dataclasses.replace(gates, weights=weights, admission=0.6)
+    return dataclasses.replace(gates, weights=weights, admissions=(0.5, 1.0)[: len(weights)])
 
 
 @pytest.mark.parametrize("kind", ["all admitted", "untrained"])
