@@ -52,7 +52,7 @@ class GateTraining:
     """
 
     admission: float = 0.6
-    block_tokens: int = 16
+    block_tokens: int = 32
     sink: int = 4
     recent: int = 256
     length: int = 1024
@@ -81,7 +81,7 @@ class GateTraining:
     def sizes(self, share: float) -> FoldingSizes:
         """What a layer folds that admits this share."""
         admitted = AdaptiveUpdateConfig(admission=share, block_tokens=self.block_tokens)
-        return FoldingSizes(self.sink, self.recent, *admitted.block_sizes(1))
+        return FoldingSizes(self.sink, self.recent, *admitted.block_sizes(1, 0))
 
 
 def train_gates(

@@ -347,7 +347,9 @@ class MiddleTier:
                 arriving = self._arriving(header, records, entries, tokens, own_queries)
                 return [*writes, self._head_write(rows, landmark_header, present, arriving)]
             evidence = self._evidence(header, records, landmark_header, own_queries)
-            arrived = self._candidates(rows, entries, records, tokens, landmark_header, evidence)
+            arrived = self._candidates(
+                rows, entries, header, records, tokens, landmark_header, evidence
+            )
             arrived.present = self._store.read(present)
             candidates.append(arrived)
         return writes
@@ -398,7 +400,7 @@ class MiddleTier:
                 Write(index, torch.full_like(index, self.plan.landmark_offset), landmark_header)
             )
             candidates.append(
-                self._candidates([row], entries, records, tokens, landmark_header, evidence)
+                self._candidates([row], entries, header, records, tokens, landmark_header, evidence)
             )
         return writes
 
@@ -420,6 +422,7 @@ class MiddleTier:
         self,
         rows: list[int],
         entries: Entries,
+        codes: torch.Tensor,
         records: torch.Tensor,
         tokens: torch.Tensor,
         header: torch.Tensor,
@@ -428,7 +431,7 @@ class MiddleTier:
         """Arriving tokens with their scores, before it is settled who stays."""
         store = self._store
         scores = store.scaled(header, self.plan.metric(entries, evidence).float())
-        return Candidates(rows, store.encode(header, entries, records), tokens, scores, None)
+        return Candidates(rows, store.encode(header, entries, codes, records), tokens, scores, None)
 
     def _arriving(
         self,

@@ -44,9 +44,8 @@ def test_the_identity(kind: str) -> None:
 def test_every_compressor_holds_more_within_the_bound(name: str) -> None:
     model = tiny_llama(trained=4096)
     plain = enable_adms_llm(model, **SIZES, compressor_type=name)
-    gated = enable_adms_llm(
-        model, **SIZES, compressor_type=name, adaptive_update=AdaptiveUpdateConfig(admission=0.6)
-    )
+    update = AdaptiveUpdateConfig(block_tokens=16)
+    gated = enable_adms_llm(model, **SIZES, compressor_type=name, adaptive_update=update)
     ids = random_ids(2, 900)
     mask = torch.ones_like(ids)
     mask[1, :37] = 0
