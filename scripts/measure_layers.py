@@ -6,8 +6,8 @@ reach how many tokens the same bytes hold there (the least and the most of any l
 share of the recent tier's entries that attention reads. With --passkeys, so many numbers are hidden
 halfway in --passkey-tokens of the last text, and recalled is how many the model finds again.
 
-    python scripts/measure_layers.py TEXT_FILE ... [--admissions 0.75 0.6] [--blocks 32] [--bounds 0.005 0.02]
-        [--gates gates.safetensors ...] [--compressor vq] [--jobs 12]
+    python scripts/measure_layers.py TEXT_FILE ... [--admissions 0.75 0.6] [--blocks 32]
+        [--bounds 0.005 0.02] [--gates gates.safetensors ...] [--compressor vq] [--jobs 12]
 
 Tokens a second (of all rows together) are printed where rows of the table are measured one by one.
 """
@@ -29,6 +29,10 @@ from adms.evaluation.needles import PASSKEY, make_trial
 from adms.evaluation.texts import collect_ids
 from adms.gates import AdaptiveUpdateConfig
 
+COLUMNS = (
+    *("layer", "admitted", "reach", "read", "perplexity", "against plain", "mean"),
+    *("tokens/s", "recalled"),
+)
 # Tokens in which a number of five digits is told.
 ANSWER_TOKENS = 7
 
@@ -190,10 +194,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="rows of the table at a time")
     arguments = parser.parse_args()
     rows = layers_to_measure(arguments)
-    print(
-        "| layer | admitted | reach | read | perplexity | against plain | mean | tokens/s | recalled |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
     # A process for each row also where they run one after another: all start alike.
     with get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
         found = pool.imap(partial(measure, arguments), rows.values(), chunksize=1)

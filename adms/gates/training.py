@@ -164,7 +164,7 @@ def measure_shares(
         on_measure: see ``train_gates``.
     """
     own = [index for index in range(len(weights)) if binding.is_adms_layer(index)]
-    losses = []
+    losses: list[list[float]] = []
     for done, layer in enumerate(own):
         sizes = [training.sizes(1.0)] * len(weights)
         losses.append([])
