@@ -24,7 +24,7 @@ def main(
         float,
         typer.Option(help="Share of the tokens that keep an entry of their own, mean over layers."),
     ] = 0.6,
-    block_tokens: Annotated[int, typer.Option(help="Tokens that are decided on together.")] = 32,
+    block_tokens: Annotated[int, typer.Option(help="Tokens that are decided on together.")] = 64,
     recent: Annotated[int, typer.Option(help="Tokens that a query sees exactly.")] = 256,
     length: Annotated[int, typer.Option(help="Tokens of an excerpt.")] = 1024,
     rows: Annotated[int, typer.Option(help="Excerpts a step.")] = 1,

@@ -30,7 +30,8 @@ class AdaptiveUpdateConfig:
         block_tokens: tokens that are decided on together (more where the compressor has blocks of
             its own); they wait for each other, and what waits is charged to ``compressed_budget``.
             Larger blocks hold more tokens that are alike. If None, 64, or a quarter of the budget
-            where that is less. With "learned", the gates' own, and left out.
+            where that is less. With "learned", the gates' own or a quarter of the budget, and left
+            out.
         gates: with "learned", ``UpdateGates`` or the file that they were saved in. Gates that were
             never trained admit all tokens.
 
@@ -94,9 +95,9 @@ class AdaptiveUpdateConfig:
         """
         if self.admission is None:
             raise RuntimeError("a configuration without its numbers")
-        tokens = self.block_tokens
-        if tokens is None:
-            tokens = max(LEAST_BLOCK, min(USUAL_BLOCK, budget // 4))
+        tokens = USUAL_BLOCK if self.block_tokens is None else self.block_tokens
+        if self.block_tokens is None or self.gates is not None:
+            tokens = max(LEAST_BLOCK, min(tokens, budget // 4))
         admitted = _some_of(tokens, self.admission)
         if admitted % inner_block:
             admitted = math.ceil(admitted / inner_block) * inner_block

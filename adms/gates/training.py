@@ -52,7 +52,7 @@ class GateTraining:
     """
 
     admission: float = 0.6
-    block_tokens: int = 32
+    block_tokens: int = 64
     sink: int = 4
     recent: int = 256
     length: int = 1024

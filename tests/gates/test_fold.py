@@ -154,6 +154,11 @@ def test_what_waits_is_at_most_a_quarter_of_the_budget(budget: int, block: int) 
     assert tokens == block
     assert max(1, int(0.6 * block)) == admitted
     assert AdaptiveUpdateConfig(block_tokens=16).block_sizes(1, budget) == (16, 9)
+    gates = UpdateGates((torch.zeros(1),) * 2, (1.0, 0.5), 32, {}, {})
+    learned = AdaptiveUpdateConfig(policy="learned", gates=gates)
+    own = min(block, 32)
+    assert learned.block_sizes(1, budget, 0) == (own, own)
+    assert learned.block_sizes(1, budget, 1) == (own, own // 2)
 
 
 def test_a_landmark_of_a_folded_block_is_as_fine_as_ever() -> None:

@@ -166,7 +166,7 @@ def test_a_killed_training_goes_on_to_the_same_gates(tmp_path: Path) -> None:
     for mine, other in zip(again.weights, whole.weights, strict=True):
         torch.testing.assert_close(mine, other)
     with pytest.raises(ADMSValueError, match="other settings"):
-        train_gates(model, ids, GateTraining(length=64, recent=16), checkpoint=path)
+        train_gates(model, ids, GateTraining(length=64, recent=16, block_tokens=8), checkpoint=path)
 
 
 @pytest.mark.parametrize(
