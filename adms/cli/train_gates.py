@@ -21,19 +21,24 @@ def main(
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text to train on.")] = 50_000,
     offset: options.Offset = 0,
     admission: Annotated[
-        float, typer.Option(help="Share of the tokens that keep an entry of their own.")
+        float,
+        typer.Option(help="Share of the tokens that keep an entry of their own, mean over layers."),
     ] = 0.6,
-    block_tokens: Annotated[int, typer.Option(help="Tokens that are decided on together.")] = 16,
+    block_tokens: Annotated[int, typer.Option(help="Tokens that are decided on together.")] = 64,
     recent: Annotated[int, typer.Option(help="Tokens that a query sees exactly.")] = 256,
     length: Annotated[int, typer.Option(help="Tokens of an excerpt.")] = 1024,
     rows: Annotated[int, typer.Option(help="Excerpts a step.")] = 1,
-    steps: Annotated[int, typer.Option(help="Steps of the optimiser.")] = 100,
+    steps: Annotated[
+        int, typer.Option(help="Steps of the optimiser; 0 sets the layers' shares alone.")
+    ] = 100,
     learning_rate: Annotated[float, typer.Option(help="At the start.")] = 0.01,
     seed: options.Seed = 0,
     dtype: options.Dtype = "float32",
     device: options.Device = "auto",
 ) -> None:
     """Trains gates that decide which tokens are folded, by distillation of the model's own logits.
+
+    First it measures how many tokens each layer can do without.
 
     The model stays as it is. A checkpoint beside the output is written every ten steps; the same
     command goes on from it.
@@ -75,7 +80,17 @@ def main(
                 bar.update(done - bar.n)
                 bar.set_postfix(loss=f"{loss:.4f}")
 
-            gates = train_gates(loaded, ids[0], training, checkpoint=checkpoint, on_step=on_step)
+            def on_measure(done: int, layers: int) -> None:
+                bar.set_postfix_str(f"shares of layers: {done} of {layers} measured")
+
+            gates = train_gates(
+                loaded,
+                ids[0],
+                training,
+                checkpoint=checkpoint,
+                on_step=on_step,
+                on_measure=on_measure,
+            )
         gates.save(output)
         checkpoint.unlink(missing_ok=True)
         size = sum(value.numel() * value.element_size() for value in loaded.parameters())

@@ -136,6 +136,16 @@ class Coder(ABC):
         ``bytes`` is ``record_bytes``, ``coarse_bytes`` for cut records, ``fine_bytes`` for whole.
         """
 
+    def encode_fine(
+        self, header: torch.Tensor, entries: Entries, records: torch.Tensor
+    ) -> torch.Tensor:
+        """Codes ``[B, N, fine_bytes]`` of single tokens, whose ``encode`` gave ``records``."""
+        return records
+
+    def decode_fine(self, header: torch.Tensor, records: torch.Tensor) -> Entries:
+        """Entries ``[B, K, N, ...]`` of what ``encode_fine`` gave."""
+        return self.decode(header, records)
+
     def members(self, records: torch.Tensor) -> torch.Tensor | None:
         """Which entry of its record each token is part of, ``[B, R, block_tokens]``.
 

@@ -1,8 +1,8 @@
 """A compressor behind a gate: tokens are folded while they wait, then what is left is coded.
 
-Any compressor can stand behind it. A block of tokens becomes fewer entries, each the mean of the
-exact tokens it stands for; the compressor codes these, and a byte for each token says which entry
-it is part of. The logarithm of an entry's tokens is its log-weight.
+Any compressor can stand behind it. Of a block of tokens some are admitted and stand for the others
+too; the compressor codes these, and a byte for each token says which entry it is part of. The
+logarithm of an entry's tokens is its log-weight.
 
 Shapes: ``B`` rows, ``K`` KV heads, ``N`` tokens, ``R`` blocks (records), ``T`` tokens of a block,
 ``M`` entries of a block, ``I`` records of the compressor behind the gate in one of the gate's.
@@ -47,6 +47,7 @@ class GatedCoder(Coder):
         self.entries_per_record = self.inner_records * inner.entries_per_record
         self.member_bytes = tokens if self.folds_once else 0
         self.header_bytes = inner.header_bytes
+        self.fine_bytes = inner.fine_bytes if self.folds_once else 0
         self.fit_tokens = inner.fit_tokens
         self.uses_queries = inner.uses_queries
         self.record_bytes = self.member_bytes + self.inner_records * inner.record_bytes
@@ -69,9 +70,9 @@ class GatedCoder(Coder):
         if self._gates:
             scores = log_importance(self._gate_on(keys.device), keys, values)
         hosts = choose_hosts(token_distance(keys, values), self.admitted, scores)
-        folded = fold(keys, values, hosts, self.admitted, scores)
+        folded = fold(keys, values, hosts, self.admitted)
         left = Entries(folded.keys.flatten(2, 3), folded.values.flatten(2, 3))
-        # No finer than what is kept: landmarks are tokens, and these may stand for several.
+        # No finer than what is kept: these may stand for several tokens, and landmarks are one.
         codes = self.inner.encode(header, left, queries)[..., : self.inner.record_bytes]
         records = codes.unflatten(1, (-1, self.inner_records))
         # In turn, so that the start of a record is the start of each code in it.
@@ -79,6 +80,16 @@ class GatedCoder(Coder):
         if not self.folds_once:
             return data
         return torch.cat([folded.members.to(torch.uint8), data], dim=2)
+
+    def encode_fine(
+        self, header: torch.Tensor, entries: Entries, records: torch.Tensor
+    ) -> torch.Tensor:
+        """The inner coder's codes of tokens, whatever they were folded into."""
+        return self.inner.encode(header, entries)
+
+    def decode_fine(self, header: torch.Tensor, records: torch.Tensor) -> Entries:
+        """The inner coder's entries."""
+        return self.inner.decode(header, records)
 
     def members(self, records: torch.Tensor) -> torch.Tensor | None:
         """Which entry of its record each token is part of, ``[B, R, T]``; see ``Coder``."""
@@ -133,15 +144,18 @@ class GatedCompressor(Compressor):
 
     def block_tokens(self, config: "ADMSConfig") -> int:
         """Tokens of a block, of which the inner compressor gets whole blocks of its own."""
-        return self._sizes(config)[0]
-
-    def _sizes(self, config: "ADMSConfig") -> tuple[int, int]:
-        return self.update.block_sizes(self.inner.block_tokens(config))
+        inner = self.inner.block_tokens(config)
+        return self.update.block_sizes(inner, config.compressed_budget)[0]
 
     def bind(self, context: LayerContext, nbytes: int, config: "ADMSConfig") -> Coder:
-        """A coder for this layer."""
+        """A coder for this layer; a layer that admits every token has no gate."""
         inner = self.inner.bind(context, nbytes, config)
-        tokens, admitted = self._sizes(config)
+        layer = None if context.gate is None else context.layer_idx
+        tokens, admitted = self.update.block_sizes(
+            self.inner.block_tokens(config), config.compressed_budget, layer
+        )
+        if admitted == tokens:
+            return inner
         return GatedCoder(inner, tokens, admitted, context.gate)
 
 

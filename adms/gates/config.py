@@ -8,24 +8,30 @@ from adms.errors import ADMSTypeError, ADMSValueError
 from adms.gates.learned import UpdateGates
 
 POLICIES = ("similarity", "learned")
+USUAL_BLOCK = 64
+LEAST_BLOCK = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveUpdateConfig:
     """A gate before the middle: of each block of tokens, some keep an entry of their own.
 
-    The others are folded into the most similar one of these, which from then on is their mean and
-    weighs as many tokens. Every layer decides on its own; how many tokens are admitted is fixed, so
-    that memory stays bounded and no layer waits for the device.
+    Each of the others is folded into the most similar one of these, which stands for it and weighs
+    as many tokens. Every layer decides on its own; how many tokens it admits is fixed, so that
+    memory stays bounded and no layer waits for the device.
 
     Attributes:
-        policy: "similarity" folds the tokens that are most alike; "learned" weighs them by what
-            gates trained with ``adms train-gates`` make of them.
-        admission: share of the tokens that keep an entry of their own, 0.5 to 1 (0.75 if None); 1
-            admits all and changes nothing. With "learned", the gates' own, and left out.
+        policy: "similarity" folds the tokens that are most alike, in all layers as many; "learned"
+            weighs them by gates trained with ``adms train-gates``, which say too how many tokens
+            each layer admits.
+        admission: share of the tokens that keep an entry of their own, 0.1 to 1 (0.6 if None); 1
+            admits all and changes nothing. With "learned", the mean of the gates' own, and left
+            out.
         block_tokens: tokens that are decided on together (more where the compressor has blocks of
             its own); they wait for each other, and what waits is charged to ``compressed_budget``.
-            With "learned", the gates' own, and left out.
+            Larger blocks hold more tokens that are alike. If None, 64, or a quarter of the budget
+            where that is less. With "learned", the gates' own or a quarter of the budget, and left
+            out.
         gates: with "learned", ``UpdateGates`` or the file that they were saved in. Gates that were
             never trained admit all tokens.
 
@@ -50,13 +56,10 @@ class AdaptiveUpdateConfig:
         if self.gates is not None:
             raise ADMSValueError('gates belong to policy="learned"; choose it or leave them out')
         object.__setattr__(
-            self, "admission", check_admission(0.75 if self.admission is None else self.admission)
+            self, "admission", check_admission(0.6 if self.admission is None else self.admission)
         )
-        object.__setattr__(
-            self,
-            "block_tokens",
-            check_block(16 if self.block_tokens is None else self.block_tokens),
-        )
+        if self.block_tokens is not None:
+            check_block(self.block_tokens)
 
     def _check_learned(self) -> None:
         for name in ("admission", "block_tokens"):
@@ -80,20 +83,29 @@ class AdaptiveUpdateConfig:
         """Whether every token is admitted."""
         return self.admission == 1.0
 
-    def block_sizes(self, inner_block: int) -> tuple[int, int]:
+    def block_sizes(
+        self, inner_block: int, budget: int, layer_idx: int | None = None
+    ) -> tuple[int, int]:
         """Tokens of a block, and those admitted, for a compressor with blocks of its own.
 
         Args:
             inner_block: tokens that the compressor codes together; 1 for most.
+            budget: of the middle, in tokens.
+            layer_idx: the layer; None for the mean over layers. Blocks are alike in all of them.
         """
-        if self.admission is None or self.block_tokens is None:
+        if self.admission is None:
             raise RuntimeError("a configuration without its numbers")
-        # A hair more, so that 0.6 of 10 is 6 whatever the rounding.
-        admitted = max(1, math.floor(self.block_tokens * self.admission + 1e-9))
-        if admitted % inner_block == 0:
-            return self.block_tokens, admitted
-        admitted = math.ceil(admitted / inner_block) * inner_block
-        return math.ceil(admitted / self.admission - 1e-9), admitted
+        tokens = USUAL_BLOCK if self.block_tokens is None else self.block_tokens
+        if self.block_tokens is None or self.gates is not None:
+            tokens = max(LEAST_BLOCK, min(tokens, budget // 4))
+        admitted = _some_of(tokens, self.admission)
+        if admitted % inner_block:
+            admitted = math.ceil(admitted / inner_block) * inner_block
+            tokens = math.ceil(admitted / self.admission - 1e-9)
+        if layer_idx is None or self.gates is None or layer_idx >= len(self.gates.admissions):
+            return tokens, admitted
+        own = math.ceil(_some_of(tokens, self.gates.admissions[layer_idx]) / inner_block)
+        return tokens, min(own, tokens // inner_block) * inner_block
 
     def to_dict(self) -> dict[str, Any]:
         """The policy and its numbers; gates are a model's, and not among them."""
@@ -103,7 +115,8 @@ class AdaptiveUpdateConfig:
     def describe(self) -> str:
         """What codes depend on, in a few words."""
         which = "" if self.gates is None else f" {self.gates.digest()}"
-        return f"{self.policy} gates{which} ({self.admission:g} of {self.block_tokens})"
+        block = "" if self.block_tokens is None else f" of {self.block_tokens}"
+        return f"{self.policy} gates{which} ({self.admission:g}{block})"
 
 
 def check_admission(value: Any) -> float:
@@ -115,12 +128,18 @@ def check_admission(value: Any) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ADMSTypeError(f"admission must be a number, got {value!r}")
-    if not 0.5 <= value <= 1.0:
+    if not 0.1 <= value <= 1.0:
         raise ADMSValueError(
-            f"admission must lie in 0.5..1, got {value}; a folded token needs an admitted one that "
-            "is like it, so at least half are admitted"
+            f"admission must lie in 0.1..1, got {value}; an entry that stands for more than ten "
+            "tokens is like none of them"
         )
     return float(value)
+
+
+def _some_of(tokens: int, share: float) -> int:
+    """A share of a block, at least one token."""
+    # A hair more, so that 0.6 of 10 is 6 whatever the rounding.
+    return max(1, math.floor(tokens * share + 1e-9))
 
 
 def check_block(value: Any) -> int:
@@ -132,6 +151,8 @@ def check_block(value: Any) -> int:
     """
     if isinstance(value, bool) or not isinstance(value, int):
         raise ADMSTypeError(f"block_tokens must be an integer, got {value!r}")
-    if not 2 <= value <= 128:
-        raise ADMSValueError(f"block_tokens must lie in 2..128, got {value}; 16 is usual")
+    if not LEAST_BLOCK <= value <= 128:
+        raise ADMSValueError(
+            f"block_tokens must lie in {LEAST_BLOCK}..128, got {value}; {USUAL_BLOCK} is usual"
+        )
     return value

@@ -1,4 +1,7 @@
-"""Folds the tokens of a block into fewer entries, each a mean of the tokens it stands for.
+"""Folds the tokens of a block into fewer entries: some stand for those that are like them.
+
+An entry is one of the tokens, not their mean: a mean is none of the directions that the tokens were
+found by, and on SmolLM2 costs three times as much (docs/optional-layers.md).
 
 Shapes: ``B`` rows, ``K`` KV heads, ``R`` blocks, ``T`` tokens of a block, ``M`` admitted ones,
 ``D``/``E`` head sizes of keys/values.
@@ -19,7 +22,7 @@ class Folded:
     """Admitted tokens after folding, in the order of the text.
 
     Attributes:
-        keys: ``[B, K, R, M, D]`` means over the tokens an entry stands for, by importance.
+        keys: ``[B, K, R, M, D]`` of the admitted tokens, as they are.
         values: ``[B, K, R, M, E]``.
         members: ``[B, R, T]`` which of the block's entries each token is part of.
     """
@@ -49,67 +52,54 @@ def token_distance(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 def choose_hosts(
     distance: torch.Tensor, admitted: int, log_importance: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """For every token of a block, the admitted one that it becomes part of: ``[B, R, T]``.
+    """For every token of a block, the admitted one that stands for it: ``[B, R, T]``.
 
-    One after the other, the token is folded that can be at the least cost: the squared distance to
-    another one, times the sum of their importances. A token that others were folded into is
-    admitted for good.
+    One after the other, the token gives up its entry that can at the least cost: the squared
+    distance to the nearest one that still has its own, times its importance. In the end each of
+    them is stood for by the nearest that remains.
 
     Args:
         distance: ``[B, R, T, T]``.
-        admitted: tokens that keep an entry of their own (``M``), at least half of ``T``.
+        admitted: tokens that keep an entry of their own (``M``).
         log_importance: ``[B, R, T]``, or None where all count alike.
     """
     rows, blocks, tokens = distance.shape[:3]
-    cost = distance.flatten(0, 1)
+    itself = torch.eye(tokens, dtype=torch.bool, device=distance.device)
+    apart = distance.flatten(0, 1).masked_fill(itself, torch.inf)
+    cost = apart.clone()
     if log_importance is not None:
-        own = _bounded(log_importance).flatten(0, 1)
-        cost = cost * torch.logaddexp(own[:, :, None], own[:, None]).exp()
-    itself = torch.eye(tokens, dtype=torch.bool, device=cost.device)
-    cost = cost.masked_fill(itself, torch.inf)
-    every = torch.arange(cost.shape[0], device=cost.device)
-    hosts = torch.arange(tokens, device=cost.device).repeat(cost.shape[0], 1)
+        cost = cost * _bounded(log_importance).flatten(0, 1).exp()[:, :, None]
+    every = torch.arange(len(cost), device=cost.device)
+    index = torch.arange(tokens, device=cost.device)
+    kept = torch.ones(len(cost), tokens, dtype=torch.bool, device=cost.device)
     for _ in range(tokens - admitted):
-        cheapest = cost.flatten(1).argmin(1)
-        folded, host = cheapest // tokens, cheapest % tokens
-        hosts[every, folded] = host
+        folded = cost.flatten(1).argmin(1) // tokens
+        kept[every, folded] = False
         cost[every, folded] = torch.inf
         cost[every, :, folded] = torch.inf
-        cost[every, host] = torch.inf
-    return hosts.unflatten(0, (rows, blocks))
+    nearest = apart.masked_fill(~kept[:, None], torch.inf).argmin(2)
+    return torch.where(kept, index, nearest).unflatten(0, (rows, blocks))
 
 
-def fold(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    hosts: torch.Tensor,
-    admitted: int,
-    log_importance: torch.Tensor | None = None,
-) -> Folded:
-    """The admitted tokens of each block with the others folded into them.
+def fold(keys: torch.Tensor, values: torch.Tensor, hosts: torch.Tensor, admitted: int) -> Folded:
+    """The admitted tokens of each block, and which others they stand for.
 
     Args:
         keys: ``[B, K, R, T, D]``.
         values: ``[B, K, R, T, E]``.
         hosts: ``[B, R, T]`` from ``choose_hosts``.
         admitted: entries of a block (``M``).
-        log_importance: ``[B, R, T]``, or None where all count alike.
     """
-    tokens = hosts.shape[2]
-    index = torch.arange(tokens, device=hosts.device)
+    index = torch.arange(hosts.shape[2], device=hosts.device)
     # Admitted tokens first, in the order of the text.
     kept = (hosts != index).long().argsort(dim=2, stable=True)[..., :admitted]
     member = kept[..., None] == hosts[:, :, None]
-    dtype = torch.promote_types(keys.dtype, torch.float32)
-    share = member.to(dtype)
-    if log_importance is not None:
-        share = share * _bounded(log_importance).exp()[:, :, None]
-    share = (share / share.sum(3, keepdim=True))[:, None]
-    return Folded(
-        (share @ keys.to(dtype)).to(keys.dtype),
-        (share @ values.to(dtype)).to(values.dtype),
-        member.long().argmax(2),
-    )
+    own = kept[:, None, :, :, None]
+
+    def taken(states: torch.Tensor) -> torch.Tensor:
+        return states.gather(3, own.expand(-1, states.shape[1], -1, -1, states.shape[4]))
+
+    return Folded(taken(keys), taken(values), member.long().argmax(2))
 
 
 def _bounded(log_importance: torch.Tensor) -> torch.Tensor:

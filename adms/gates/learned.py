@@ -1,4 +1,4 @@
-"""``UpdateGates``: what training learned of which tokens must not be folded.
+"""``UpdateGates``: what training learned of which tokens must not be folded, and in which layers.
 
 A gate is one linear map per layer from a token's keys and values, all heads together, to the
 logarithm of its importance; ``fold`` weighs the cost of folding by it. The maps are a model's
@@ -21,7 +21,7 @@ from torch import nn
 
 from adms.errors import ADMSTypeError, ADMSValueError
 
-_FORMAT = "adms-update-gates-1"
+_FORMAT = "adms-update-gates-2"
 
 
 def log_importance(weight: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -55,14 +55,14 @@ class UpdateGates:
 
     Attributes:
         weights: per attention layer ``[F]``, float32.
-        admission: share of the tokens that keep an entry of their own.
+        admissions: per attention layer, the share of the tokens that keep an entry of their own.
         block_tokens: tokens that are decided on together.
         model: what the model was (``adms.fingerprint.describe_model``).
         samples: a few of its weights (``adms.fingerprint.sample_weights``).
     """
 
     weights: tuple[torch.Tensor, ...]
-    admission: float
+    admissions: tuple[float, ...]
     block_tokens: int
     model: dict[str, Any]
     samples: dict[str, list[float]]
@@ -78,7 +78,13 @@ class UpdateGates:
             torch.zeros(heads * (key_dim + value_dim))
             for heads, key_dim, value_dim, *_ in described["layers"]
         )
-        return cls(weights, 1.0, block_tokens, described, sample_weights(model))
+        every = (1.0,) * len(weights)
+        return cls(weights, every, block_tokens, described, sample_weights(model))
+
+    @property
+    def admission(self) -> float:
+        """The mean share over layers."""
+        return sum(self.admissions) / len(self.admissions)
 
     def check_model(self, model: nn.Module) -> None:
         """Refuses gates of another model.
@@ -113,10 +119,11 @@ class UpdateGates:
         return sum(weight.numel() * weight.element_size() for weight in self.weights)
 
     def digest(self) -> str:
-        """A few letters that tell these weights from others."""
+        """A few letters that tell these gates from others."""
         found = hashlib.sha256()
         for weight in self.weights:
             found.update(weight.detach().cpu().contiguous().numpy().tobytes())
+        found.update(repr(self.admissions).encode())
         return found.hexdigest()[:12]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -125,7 +132,7 @@ class UpdateGates:
         partial = target.with_name(target.name + ".partial")
         about = {
             "format": _FORMAT,
-            "admission": self.admission,
+            "admissions": list(self.admissions),
             "block_tokens": self.block_tokens,
             "model": self.model,
             "samples": self.samples,
@@ -158,7 +165,7 @@ class UpdateGates:
             raise ADMSValueError(f"{path} cannot be read as gates: {error}") from error
         return cls(
             weights,
-            float(about["admission"]),
+            tuple(float(share) for share in about["admissions"]),
             int(about["block_tokens"]),
             about["model"],
             about["samples"],

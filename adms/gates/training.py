@@ -1,7 +1,8 @@
 """Training of gates by distillation: the model with folded tokens learns from itself without.
 
 The model is frozen. Its own logits are the target; the loss is their divergence from the logits of
-a pass in which old tokens are folded, and all that changes is which tokens those are.
+a pass in which old tokens are folded. First that says how many tokens each layer can do without,
+then gates learn which.
 
 Shapes: ``B`` rows, ``N`` tokens, ``V`` words, ``L`` layers.
 """
@@ -9,7 +10,7 @@ Shapes: ``B`` rows, ``N`` tokens, ``V`` words, ``L`` layers.
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from adms.errors import ADMSValueError, UnsupportedModelError
 from adms.fingerprint import describe_model
 from adms.gates.config import AdaptiveUpdateConfig, check_admission, check_block
 from adms.gates.learned import UpdateGates
+from adms.gates.shares import SHARES, water_fill
 from adms.gates.training_pass import FoldingSizes, folded_logits
 
 
@@ -33,13 +35,14 @@ class GateTraining:
     """How gates are trained.
 
     Attributes:
-        admission: share of the tokens that keep an entry of their own, 0.5 to below 1.
+        admission: share of the tokens that keep an entry of their own, below 1: the mean over
+            layers.
         block_tokens: tokens that are decided on together.
         sink: first tokens of each excerpt, never folded.
         recent: tokens that a query sees exactly.
         length: tokens of an excerpt.
         rows: excerpts a step.
-        steps: steps of the optimiser.
+        steps: steps of the optimiser; 0 leaves the choice of tokens to their similarity.
         learning_rate: at the start; it falls to zero along a cosine.
         checkpoint_every: steps between two checkpoints.
         seed: of the choice of excerpts.
@@ -49,7 +52,7 @@ class GateTraining:
     """
 
     admission: float = 0.6
-    block_tokens: int = 16
+    block_tokens: int = 64
     sink: int = 4
     recent: int = 256
     length: int = 1024
@@ -64,7 +67,7 @@ class GateTraining:
             raise ADMSValueError("admission 1 leaves nothing to learn; give less")
         check_block(self.block_tokens)
         for name in ("sink", "recent", "length", "rows", "steps", "checkpoint_every"):
-            value, low = getattr(self, name), 0 if name == "sink" else 1
+            value, low = getattr(self, name), 0 if name in ("sink", "steps") else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ADMSValueError(f"{name} must be an integer of at least {low}, got {value!r}")
         if not 0.0 < self.learning_rate < math.inf:
@@ -75,12 +78,10 @@ class GateTraining:
                 f"{self.recent}; raise length or lower recent"
             )
 
-    @property
-    def sizes(self) -> FoldingSizes:
-        """What is folded."""
-        update = AdaptiveUpdateConfig(admission=self.admission, block_tokens=self.block_tokens)
-        block, admitted = update.block_sizes(1)
-        return FoldingSizes(self.sink, self.recent, block, admitted)
+    def sizes(self, share: float) -> FoldingSizes:
+        """What a layer folds that admits this share."""
+        admitted = AdaptiveUpdateConfig(admission=share, block_tokens=self.block_tokens)
+        return FoldingSizes(self.sink, self.recent, *admitted.block_sizes(1, 0))
 
 
 def train_gates(
@@ -90,6 +91,7 @@ def train_gates(
     *,
     checkpoint: str | os.PathLike[str] | None = None,
     on_step: Callable[[int, float], object] | None = None,
+    on_measure: Callable[[int, int], object] | None = None,
 ) -> UpdateGates:
     """Trains gates of a model on a text.
 
@@ -99,6 +101,7 @@ def train_gates(
         training: how; the defaults if None.
         checkpoint: file to keep the state in, and to go on from if it is there.
         on_step: called with the number of finished steps and the last loss.
+        on_measure: called with the number of layers that were measured, and of those that will be.
 
     Raises:
         ADMSValueError: the text is too short, or the checkpoint is of another training.
@@ -114,24 +117,68 @@ def train_gates(
     device = next(model.parameters()).device
     weights = [weight.to(device).requires_grad_() for weight in gates.weights]
     optimiser = torch.optim.Adam(weights, lr=settings.learning_rate)
-    done = _resume(checkpoint, settings, gates, weights, optimiser)
+    done, shares = _resume(checkpoint, settings, gates, weights, optimiser)
     with _frozen(model) as binding:
+        if shares is None:
+            text = excerpts(ids, settings, torch.Generator().manual_seed(settings.seed)).to(device)
+            shares = measure_shares(model, binding, text, settings, weights, on_measure)
+            if checkpoint is not None:
+                _keep(checkpoint, settings, gates, weights, optimiser, 0, shares)
+        sizes = [settings.sizes(share) for share in shares]
         for step in range(done, settings.steps):
             for group in optimiser.param_groups:
                 share = step / settings.steps
                 group["lr"] = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
             generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
             text = excerpts(ids, settings, generator).to(device)
-            loss = distillation_loss(model, binding, text, weights, settings, generator)
+            loss = distillation_loss(model, binding, text, weights, sizes, generator)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             if checkpoint is not None and (step + 1) % settings.checkpoint_every == 0:
-                _keep(checkpoint, settings, gates, weights, optimiser, step + 1)
+                _keep(checkpoint, settings, gates, weights, optimiser, step + 1, shares)
             if on_step is not None:
                 on_step(step + 1, loss.item())
     trained = tuple(weight.detach().cpu() for weight in weights)
-    return dataclasses.replace(gates, weights=trained, admission=settings.admission)
+    return dataclasses.replace(gates, weights=trained, admissions=shares)
+
+
+def measure_shares(
+    model: nn.Module,
+    binding: Binding,
+    ids: torch.Tensor,
+    training: GateTraining,
+    weights: list[torch.Tensor],
+    on_measure: Callable[[int, int], object] | None = None,
+) -> tuple[float, ...]:
+    """The share of tokens that each layer admits, by what folding in it alone costs.
+
+    Layers without a middle are given 1 and are no part of the mean.
+
+    Args:
+        model: frozen and enabled.
+        binding: any of a cache of it.
+        ids: ``[B, N]``.
+        training: the mean share, and what is folded.
+        weights: per layer ``[F]``.
+        on_measure: see ``train_gates``.
+    """
+    own = [index for index in range(len(weights)) if binding.is_adms_layer(index)]
+    losses: list[list[float]] = []
+    for done, layer in enumerate(own):
+        sizes = [training.sizes(1.0)] * len(weights)
+        losses.append([])
+        for share in SHARES:
+            sizes[layer] = training.sizes(share)
+            with torch.no_grad():
+                loss = distillation_loss(model, binding, ids, weights, sizes)
+            losses[-1].append(loss.item())
+        if on_measure is not None:
+            on_measure(done + 1, len(own))
+    found = [1.0] * len(weights)
+    for layer, share in zip(own, water_fill(losses, SHARES, training.admission), strict=True):
+        found[layer] = share
+    return tuple(found)
 
 
 def excerpts(ids: torch.Tensor, training: GateTraining, generator: torch.Generator) -> torch.Tensor:
@@ -145,7 +192,7 @@ def distillation_loss(
     binding: Binding,
     ids: torch.Tensor,
     weights: list[torch.Tensor],
-    training: GateTraining,
+    sizes: Sequence[FoldingSizes],
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """Mean divergence, in nats, of the logits with folded tokens from those without.
@@ -157,14 +204,14 @@ def distillation_loss(
         binding: any of a cache of it.
         ids: ``[B, N]``.
         weights: per layer ``[F]``.
-        training: what is folded.
+        sizes: per layer, what is folded.
         generator: of training; None for the loss of the gates as they are.
     """
-    first = training.sink + training.block_tokens + training.recent - 1
+    first = sizes[0].sink + sizes[0].block + sizes[0].recent - 1
     with torch.no_grad():
         whole: Any = model(input_ids=ids, use_cache=False)
         target = whole.logits[:, first:].float().log_softmax(-1)
-    folded = folded_logits(model, binding, ids, weights, training.sizes, generator)[:, first:]
+    folded = folded_logits(model, binding, ids, weights, sizes, generator)[:, first:]
     student = folded.float().log_softmax(-1)
     divergence = kl_div(student, target, reduction="sum", log_target=True)
     return divergence / target[..., 0].numel()
@@ -206,6 +253,7 @@ def _keep(
     weights: list[torch.Tensor],
     optimiser: torch.optim.Optimizer,
     steps: int,
+    shares: tuple[float, ...],
 ) -> None:
     target = Path(checkpoint)
     partial = target.with_name(target.name + ".partial")
@@ -215,6 +263,7 @@ def _keep(
         "weights": [weight.detach() for weight in weights],
         "optimiser": optimiser.state_dict(),
         "steps": steps,
+        "shares": list(shares),
     }
     torch.save(state, partial)
     partial.replace(target)
@@ -226,10 +275,10 @@ def _resume(
     gates: UpdateGates,
     weights: list[torch.Tensor],
     optimiser: torch.optim.Optimizer,
-) -> int:
-    """Steps that a checkpoint has done, whose state is taken over; 0 without one."""
+) -> tuple[int, tuple[float, ...] | None]:
+    """Steps and layers' shares of a checkpoint, whose state is taken over; 0, None without one."""
     if checkpoint is None or not Path(checkpoint).is_file():
-        return 0
+        return 0, None
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     if state["training"] != asdict(training) or state["samples"] != gates.samples:
         raise ADMSValueError(
@@ -240,4 +289,4 @@ def _resume(
         for weight, kept in zip(weights, state["weights"], strict=True):
             weight.copy_(kept)
     optimiser.load_state_dict(state["optimiser"])
-    return int(state["steps"])
+    return int(state["steps"]), tuple(state["shares"])

@@ -2,10 +2,10 @@
 
 Every query sees the newest tokens exactly and older blocks as a gate folds them, without codes: a
 folded token has the keys, values and position of the entry it became part of, which in a softmax is
-that entry with its weight. Gradients reach a gate through the means by importance and through the
-choice: more importance moves what a token reads as towards the token itself. What that is worth is
-the integral of the gradient on the way from folded to not, so in training every token reads as a
-random point of that way; at its end the gradient says nothing, or the contrary.
+that entry with its weight. Gradients reach a gate through the choice: more importance moves what a
+token reads as towards the token itself. What that is worth is the integral of the gradient on the
+way from folded to not, so in training every token reads as a random point of that way; at its end
+the gradient says nothing, or the contrary.
 
 Shapes: ``B`` rows, ``H`` query heads, ``K`` KV heads, ``N`` tokens, ``R`` blocks, ``T`` tokens of a
 block, ``M`` admitted ones, ``D``/``E`` head sizes of keys/values.
@@ -154,7 +154,7 @@ def fold_softly(
     start, blocks = sizes.sink, sizes.num_blocks(count)
     stop = start + blocks * block
     places = torch.arange(count, device=keys.device, dtype=torch.float32).repeat(rows, 1)
-    if blocks == 0:
+    if blocks == 0 or sizes.admitted == block:
         return keys, values, places
     inside = [part[:, :, start:stop].unflatten(2, (-1, block)) for part in (keys, values)]
     scores = log_importance(weight, *inside)
@@ -166,20 +166,16 @@ def fold_softly(
         index = torch.arange(block, device=keys.device)
         same = hosts[..., None] == hosts[..., None, :]
         alone = same.sum(3) == 1
-        # What would become of a token that is alone: one entry with the nearest.
+        # What would become of a token that stands for itself alone: the nearest.
         itself = torch.eye(block, dtype=torch.bool, device=keys.device)
         nearest = distance.masked_fill(itself, torch.inf).argmin(3)
-        pair = itself | (index == nearest[..., None])
+        entry = torch.where(alone, nearest, hosts)[:, None, :, :, None]
         is_host = hosts == index
         rank = is_host.long().cumsum(2) - 1
         order = rank.gather(2, hosts).float()
         grid = (order + 0.5) * block / sizes.admitted - 0.5
         first = start + torch.arange(blocks, device=keys.device)[:, None] * block
         places[:, start:stop] = (first + grid).flatten(1)
-
-    def mean(states: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
-        share = (members * scores.exp()[:, :, None]).to(states.dtype)
-        return (share / share.sum(3, keepdim=True))[:, None] @ states
 
     way = alone.float()
     if generator is not None:
@@ -188,9 +184,7 @@ def fold_softly(
     way = (way + scores - scores.detach())[:, None, :, :, None]
     results = []
     for states, part in zip((keys, values), inside, strict=True):
-        folded = torch.where(
-            alone[:, None, :, :, None], mean(part, pair).detach(), mean(part, same)
-        )
+        folded = part.gather(3, entry.expand(-1, part.shape[1], -1, -1, part.shape[4]))
         moved = folded + way.to(part.dtype) * (part - folded.detach())
         own = moved.flatten(2, 3)
         results.append(torch.cat([states[:, :, :start], own, states[:, :, stop:]], dim=2))
@@ -216,12 +210,12 @@ class FoldingCache(ADMSKVCache):
     def fold_with(
         self,
         weights: Sequence[torch.Tensor],
-        sizes: FoldingSizes,
+        sizes: Sequence[FoldingSizes],
         generator: torch.Generator | None,
     ) -> None:
         """Puts gates in place of the layers that have a middle."""
         self.layers = [
-            FoldingLayer(weights[index], sizes, generator)
+            FoldingLayer(weights[index], sizes[index], generator)
             if self.binding_for_use.is_adms_layer(index)
             else self.binding_for_use.plain_layer(index)
             for index in range(len(weights))
@@ -233,7 +227,7 @@ def folded_logits(
     binding: Binding,
     ids: torch.Tensor,
     weights: Sequence[torch.Tensor],
-    sizes: FoldingSizes,
+    sizes: Sequence[FoldingSizes],
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """Logits of ``ids [B, N]`` as they would be with gates, with gradients to their weights.
@@ -243,7 +237,7 @@ def folded_logits(
         binding: any of a cache of it.
         ids: within the trained length.
         weights: per layer ``[F]``.
-        sizes: what is folded.
+        sizes: per layer, what is folded; blocks and recent tokens are alike in all of them.
         generator: see ``fold_softly``.
     """
     family = find_family(model)

@@ -189,7 +189,9 @@ class MiddleStack:
         candidates.append(
             Candidates(
                 rows=group.rows,
-                records=self._by_layer(store.encode(landmark_header, group.entries, records)),
+                records=self._by_layer(
+                    store.encode(landmark_header, group.entries, header, records)
+                ),
                 tokens=group.tokens,
                 scores=self._by_layer(store.scaled(landmark_header, scores)),
                 # Layers choose together, so what one has says which tokens all of them have.
@@ -422,7 +424,7 @@ def _turned(plan: MiddlePlan, group: _Group, material: Entries) -> _Turned:
     own = store.with_scale(own, scores)
     candidates = Candidates(
         rows=group.rows,
-        records=store.encode(own, group.entries, records)[None],
+        records=store.encode(own, group.entries, header, records)[None],
         tokens=group.tokens,
         scores=store.scaled(own, scores.float())[None],
         present=None,

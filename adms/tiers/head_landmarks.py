@@ -106,9 +106,11 @@ class HeadLandmarkStore:
             config: how places are spread over the text.
         """
         quotas, headers, heads = self.quotas(header), self._head_headers(header), _by_head(arriving)
+        # The single store has codes of its own.
+        none = headers[:, :0]
         candidates = Candidates(
             rows=[],
-            records=self.single.encode(headers, heads.entries, headers[:, None, :0]),
+            records=self.single.encode(headers, heads.entries, none, none[:, None]),
             tokens=heads.tokens,
             scores=metric(heads.entries, self._evidence(headers, heads)).float(),
             present=None if present is None else self._of_heads(self._slots(present), quotas),

@@ -137,10 +137,19 @@ class LandmarkStore:
             directions.float(),
         )
 
-    def encode(self, header: torch.Tensor, entries: Entries, records: torch.Tensor) -> torch.Tensor:
-        """Landmark records ``[B, N, bytes]`` of tokens whose codes are ``records``."""
+    def encode(
+        self, header: torch.Tensor, entries: Entries, codes: torch.Tensor, records: torch.Tensor
+    ) -> torch.Tensor:
+        """Landmark records ``[B, N, bytes]`` of tokens.
+
+        Args:
+            header: of the landmarks.
+            entries: the tokens.
+            codes: ``[B, bytes]`` header of the middle's codes.
+            records: the middle's codes of these tokens.
+        """
         if self.own is None:
-            return records
+            return self.coder.encode_fine(codes, entries, records)
         return self.own.encode(header[:, self.reference_bytes :], entries)
 
     def records(self, data: torch.Tensor) -> torch.Tensor:
@@ -181,7 +190,7 @@ class LandmarkStore:
         landmarks = self.read(data)
         if self.own is not None:
             codes = data[:, self.reference_bytes : self.header_bytes]
-        return self.coder.decode(codes, landmarks.records), landmarks.tokens
+        return self.coder.decode_fine(codes, landmarks.records), landmarks.tokens
 
     def slots(self, landmarks: Landmarks) -> torch.Tensor:
         """The bytes ``[B, L * slot_bytes]`` of landmarks."""

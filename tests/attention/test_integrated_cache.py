@@ -1,6 +1,7 @@
 """Spans over the recent tier inside a cache: identity, oracle, bound, architectures, sessions."""
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from adms import ADMSKVCache, enable_adms_llm
 from adms.attention import IntegratedAttentionConfig, SparsePrefillConfig
 from adms.attention.grouped import attention_weights, grouped_attention
 from adms.errors import ADMSTypeError
-from adms.gates import AdaptiveUpdateConfig
+from adms.gates import AdaptiveUpdateConfig, UpdateGates
 from tests.patches import tiny as architectures
 from tests.streams import check_padded_row, feed, random_ids, reachable_bytes, tiny_llama
 
@@ -170,29 +171,41 @@ def test_every_architecture_with_both_layers(name: str) -> None:
         assert cache.nbytes <= cache.max_nbytes
 
 
+@pytest.mark.parametrize("policy", ["similarity", "learned"])
 def test_both_layers_another_compressor_and_sparse_prefill_save_load_and_go_on(
-    tmp_path: Any,
+    policy: str, tmp_path: Any
 ) -> None:
     model = tiny_llama()
     sparse = SparsePrefillConfig(min_tokens=32, block_size=8, query_block_size=8)
+    update = AdaptiveUpdateConfig(admission=0.75, block_tokens=8)
+    given: dict[str, Any] = {"sparse_prefill": sparse}
+    if policy == "learned":
+        untrained = UpdateGates.untrained(model, block_tokens=8)
+        # One layer admits every token, the other a quarter.
+        gates = dataclasses.replace(untrained, admissions=(1.0, 0.25))
+        update = AdaptiveUpdateConfig(policy="learned", gates=gates)
+        given["adaptive_update"] = update
     cache = enable_adms_llm(
         model,
         **SIZES | {"compressor_type": "pq", "compressed_budget": 160},
-        adaptive_update=AdaptiveUpdateConfig(admission=0.75, block_tokens=8),
+        adaptive_update=update,
         integrated_attention=EAGER,
         sparse_prefill=sparse,
     )
     feed(model, random_ids(2, 420), cache)
     assert cache.summary()["middle"]["form"] == "pq"
     assert min(cache.spans.steps) < 16
+    reach = [layer.middle.plan.geometry.capacity for layer in cache.layers]
+    assert (reach[0] < reach[1]) == (policy == "learned")
     path = tmp_path / "stream.adms"
     cache.save(path)
-    # The session brings both layers; sparse prefill is no part of it.
-    again = ADMSKVCache.load(path, model=model, sparse_prefill=sparse)
+    # The session brings the rest; sparse prefill and gates are no part of it.
+    again = ADMSKVCache.load(path, model=model, **given)
     assert again.spans.report() == cache.spans.report()
     for part in random_ids(2, 60, seed=1).split([40, 1, 1, 18], dim=1):
         assert torch.equal(feed(model, part, again), feed(model, part, cache))
     assert again.spans.report() == cache.spans.report()
+    assert cache.nbytes <= cache.max_nbytes
 
 
 def test_a_wrong_type_is_refused() -> None:

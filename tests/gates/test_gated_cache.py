@@ -24,7 +24,7 @@ def trained(model: torch.nn.Module, seed: int = 0) -> UpdateGates:
     weights = tuple(
         torch.randn(weight.shape, generator=generator) * 0.1 for weight in gates.weights
     )
-    return dataclasses.replace(gates, weights=weights, admission=0.6)
+    return dataclasses.replace(gates, weights=weights, admissions=(0.5, 1.0)[: len(weights)])
 
 
 @pytest.mark.parametrize("kind", ["all admitted", "untrained"])
@@ -44,9 +44,8 @@ def test_the_identity(kind: str) -> None:
 def test_every_compressor_holds_more_within_the_bound(name: str) -> None:
     model = tiny_llama(trained=4096)
     plain = enable_adms_llm(model, **SIZES, compressor_type=name)
-    gated = enable_adms_llm(
-        model, **SIZES, compressor_type=name, adaptive_update=AdaptiveUpdateConfig(admission=0.6)
-    )
+    update = AdaptiveUpdateConfig(block_tokens=16)
+    gated = enable_adms_llm(model, **SIZES, compressor_type=name, adaptive_update=update)
     ids = random_ids(2, 900)
     mask = torch.ones_like(ids)
     mask[1, :37] = 0

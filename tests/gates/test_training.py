@@ -1,5 +1,6 @@
 """Training of gates on tiny models: the picture is what the cache does, and it learns."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from adms.errors import ADMSValueError, UnsupportedModelError
 from adms.gates import AdaptiveUpdateConfig, UpdateGates
 from adms.gates.fold import choose_hosts, fold, token_distance
 from adms.gates.learned import log_importance
+from adms.gates.shares import water_fill
 from adms.gates.training import GateTraining, train_gates
 from adms.gates.training_pass import FoldingSizes, fold_softly, visibility
 from tests.compressors.material import tokens
@@ -33,7 +35,7 @@ def test_a_token_reads_as_the_entry_that_the_coder_makes() -> None:
     inside = [part[:, :, 2:42].unflatten(2, (-1, 8)) for part in (entries.keys, entries.values)]
     scores = log_importance(weight, *inside)
     hosts = choose_hosts(token_distance(*inside), 5, scores)
-    folded = fold(*inside, hosts, 5, scores)
+    folded = fold(*inside, hosts, 5)
     index = folded.members[:, None, :, :, None].expand(-1, 2, -1, -1, 16)
     torch.testing.assert_close(keys[:, :, 2:42], folded.keys.gather(3, index).flatten(2, 3))
     grid = 2 + torch.arange(5)[:, None] * 8 + (folded.members[0] + 0.5) * 8 / 5 - 0.5
@@ -53,14 +55,23 @@ def test_every_query_sees_every_earlier_token_once() -> None:
 def test_gradients_reach_the_gates_of_every_layer_with_a_middle(name: str) -> None:
     model = architectures.tiny(name)
     losses: list[float] = []
+    measured: list[tuple[int, int]] = []
     gates = train_gates(
-        model, architectures.ids(1, 200)[0], SMALL, on_step=lambda _, loss: losses.append(loss)
+        model,
+        architectures.ids(1, 200)[0],
+        SMALL,
+        on_step=lambda _, loss: losses.append(loss),
+        on_measure=lambda *layers: measured.append(layers),
     )
     assert len(losses) == SMALL.steps
     assert all(0 < loss < math.inf for loss in losses)
     windows = {"gemma3": 1}.get(name, 0)
-    for index, weight in enumerate(gates.weights):
-        assert bool((weight != 0).any()) == (index >= windows), index
+    own = gates.admissions[windows:]
+    assert gates.admissions[:windows] == (1.0,) * windows
+    assert sum(own) / len(own) <= SMALL.admission, "windows are no part of the mean"
+    assert measured == [(done + 1, len(own)) for done in range(len(own))]
+    for weight, share in zip(gates.weights, gates.admissions, strict=True):
+        assert bool((weight != 0).any()) == (share < 1)
     assert not is_enabled(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -76,6 +87,33 @@ def test_gradients_reach_the_gates_of_every_layer_with_a_middle(name: str) -> No
     with torch.no_grad():
         ids = architectures.ids(1, 100, seed=1)
         assert model(ids, past_key_values=cache).logits.isfinite().all()
+
+
+def test_shares_go_where_folding_costs_least() -> None:
+    """Against every combination there is."""
+    generator = torch.Generator().manual_seed(0)
+    shares = (0.5, 0.25)
+    for mean in (0.8, 0.6, 0.5, 0.4):
+        # Losses that grow ever faster, as those of folding do: then greedy steps are the best.
+        rises = torch.rand(4, 2, generator=generator) * torch.tensor([1.0, 0.5])
+        rates = rises.cumsum(1) * torch.tensor([0.5, 0.25])
+        losses = rates.cumsum(1).tolist()
+        found = water_fill(losses, shares, mean)
+        assert sum(found) / 4 <= mean
+        costs = [dict(zip((1.0, *shares), (0.0, *own), strict=True)) for own in losses]
+        total = sum(cost[share] for cost, share in zip(costs, found, strict=True))
+        best = min(
+            sum(cost[share] for cost, share in zip(costs, chosen, strict=True))
+            for chosen in itertools.product((1.0, *shares), repeat=4)
+            if sum(chosen) <= sum(found)
+        )
+        assert total == pytest.approx(best)
+    with pytest.raises(ADMSValueError, match="below the least share"):
+        water_fill([[0.1, 0.2]], shares, 0.2)
+
+
+def test_a_layer_that_needs_all_its_tokens_keeps_them() -> None:
+    assert water_fill([[5.0, 9.0], [0.1, 0.2], [0.1, 3.0]], (0.5, 0.25), 0.6) == (1.0, 0.25, 0.5)
 
 
 def marked_loss(weight: torch.Tensor, seed: int, *, training: bool = False) -> torch.Tensor:
@@ -128,14 +166,14 @@ def test_a_killed_training_goes_on_to_the_same_gates(tmp_path: Path) -> None:
     for mine, other in zip(again.weights, whole.weights, strict=True):
         torch.testing.assert_close(mine, other)
     with pytest.raises(ADMSValueError, match="other settings"):
-        train_gates(model, ids, GateTraining(length=64, recent=16), checkpoint=path)
+        train_gates(model, ids, GateTraining(length=64, recent=16, block_tokens=8), checkpoint=path)
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"admission": 1.0}, "nothing to learn"),
-        ({"steps": 0}, "steps must be an integer of at least 1"),
+        ({"steps": -1}, "steps must be an integer of at least 0"),
         ({"length": 100}, "leaves no block to fold"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
     ],
@@ -163,5 +201,5 @@ def test_the_command_trains_and_writes_a_small_file(
     result = CliRunner().invoke(app, [*words, "--output", str(output)])
     assert result.exit_code == 0, result.output
     assert "written to" in result.output
-    assert UpdateGates.load(output).admission == 0.6
+    assert 0.125 <= UpdateGates.load(output).admission <= 0.6
     assert list(tmp_path.iterdir()) == [output], "the checkpoint is gone"
