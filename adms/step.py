@@ -161,7 +161,10 @@ class DecodeStep:
         with _compiled_layers(self.decoder()):
             with torch.cuda.stream(side):
                 for _ in range(WARMUP_PASSES):
+                    # The next slot may hold a token that is still read.
+                    self.held.seen.copy_(seen)
                     self._pass(forward, arguments)
+                self.held.seen.copy_(seen)
             torch.cuda.current_stream().wait_stream(side)
             with torch.cuda.graph(graph):
                 result = self._pass(forward, arguments)

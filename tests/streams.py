@@ -6,6 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adms import ADMSKVCache, enable_adms_llm
+from adms.compressors.quantized import inverse
 
 VOCABULARY = 97
 # Evicts early, codes early: 4 sinks, a middle of 160 exact or some 1500 coded tokens.
@@ -105,4 +106,9 @@ def reachable_bytes(cache: ADMSKVCache) -> int:
                 for name, value in vars(item).items()
                 if name not in ("model_key", "kinds", "context", "is_active", "view")
             ]
+    # Made from a seed once a process, like the codebooks; a step's tables show them.
+    sizes = {kind.shape.key_dim for kind in cache.binding_for_use.kinds}
+    for size in sizes:
+        for part in inverse(size, torch.device("cpu")):
+            storages.pop(part.untyped_storage().data_ptr(), None)
     return sum(storages.values())

@@ -42,7 +42,7 @@ def rotation(size: int, device: torch.device) -> torch.Tensor:
 
 
 @lru_cache(maxsize=32)
-def _inverse(size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def inverse(size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The rotation back, row by row, and as many ones."""
     return rotation(size, device).T.contiguous(), torch.ones(size, device=device)
 
@@ -125,7 +125,7 @@ class QuantizedCoder(Coder):
             stage = torch.arange(self.stages, device=device)[:, None, None]
             offsets.append((head[:, None] + group + stage).flatten(1))
             size = mean.shape[2]
-            basis, ones = (part.expand(1, heads, *part.shape) for part in _inverse(size, device))
+            basis, ones = (part.expand(1, heads, *part.shape) for part in inverse(size, device))
             gain_start = start + groups * self.stages
             stride = groups * self.stages + 2
             sides.append(Projection(basis, ones, ones, mean, gain_start, stride))

@@ -155,26 +155,45 @@ class Bench:
         own = self.calibration if unit.method == ADMS else None
         # What is wrong with sizes or text is no method's fault and no result.
         self._chunk(unit)
-        for index in range(unit.count):
-            self._text(unit, unit.sample + index)
+        for sample in range(unit.sample, unit.sample + unit.count):
+            self._text(unit, sample)
+        rows: list[Row] = []
+        arrays: Arrays = {}
         try:
-            with open_method(
-                self.model,
-                unit.method,
-                unit.config,
-                streaming_recent=streaming,
-                calibration=own,
-            ) as method:
-                row["label"] = method.label
-                found, arrays = self._measure(unit, method, on_chunk)
+            for trials in self._alike(unit):
+                with open_method(
+                    self.model,
+                    unit.method,
+                    unit.config,
+                    streaming_recent=streaming,
+                    calibration=own,
+                    # An answer is a few tokens, which a graph captured for them would not repay.
+                    kernel="torch" if trials else "auto",
+                ) as method:
+                    row["label"] = method.label
+                    found, arrays = self._measure(unit, method, trials, on_chunk)
+                    rows += [{**row, **one} for one in found]
         except (ADMSValueError, UnsupportedModelError) as error:
             if unit.method in (ADMS, STREAMING):
                 raise
             row.setdefault("label", unit.method)
             return [{**row, "note": str(error)}], {}
-        return [{**row, **one} for one in found], arrays
+        return sorted(rows, key=lambda one: int(one.get("sample") or 0)), arrays
 
-    def _measure(self, unit: Unit, method: Method, on_chunk: Progress) -> tuple[list[Row], Arrays]:
+    def _alike(self, unit: Unit) -> list[dict[int, needles.Trial]]:
+        """The trials of a piece of work by sample, those together that can be rows of a batch."""
+        if unit.task in (PERPLEXITY, SPEED):
+            return [{}]
+        groups: dict[tuple[int, int], dict[int, needles.Trial]] = {}
+        for sample in range(unit.sample, unit.sample + unit.count):
+            trial = self._trial(unit, sample)
+            lengths = trial.text.shape[1], trial.question.shape[1]
+            groups.setdefault(lengths, {})[sample] = trial
+        return list(groups.values())
+
+    def _measure(
+        self, unit: Unit, method: Method, trials: dict[int, needles.Trial], on_chunk: Progress
+    ) -> tuple[list[Row], Arrays]:
         match unit.task:
             case "perplexity":
                 row, arrays = self._perplexity(unit, method, on_chunk)
@@ -183,7 +202,7 @@ class Bench:
                 row, arrays = self._speed(unit, method, on_chunk)
                 return [row], arrays
             case _:
-                return self._retrieval(unit, method, on_chunk), {}
+                return self._retrieval(unit, method, trials, on_chunk), {}
 
     def _text(self, unit: Unit, sample: int) -> torch.Tensor:
         """``[1, tokens]`` that a piece of work reads; every sample and trial has its own."""
@@ -219,11 +238,12 @@ class Bench:
         }
         return row, arrays
 
-    def _retrieval(self, unit: Unit, method: Method, on_chunk: Progress) -> list[Row]:
+    def _retrieval(
+        self, unit: Unit, method: Method, trials: dict[int, needles.Trial], on_chunk: Progress
+    ) -> list[Row]:
         check_length(method, unit.length)
         chunk = self._chunk(unit)
-        trials = [self._trial(unit, unit.sample + index) for index in range(unit.count)]
-        texts = torch.cat([trial.text for trial in trials])
+        texts = torch.cat([trial.text for trial in trials.values()])
         held = []
         for read_tokens, nbytes in read_only(self.model, method, texts, chunk=chunk):
             on_chunk(read_tokens)
@@ -231,24 +251,24 @@ class Bench:
         produced = answer(
             self.model,
             method,
-            torch.cat([trial.question for trial in trials]),
+            torch.cat([trial.question for trial in trials.values()]),
             chunk=chunk,
             max_new_tokens=max(
-                needles.answer_tokens(self.tokenizer, trial.answer) for trial in trials
+                needles.answer_tokens(self.tokenizer, trial.answer) for trial in trials.values()
             ),
         )
         return [
             {
-                "sample": unit.sample + index,
+                "sample": sample,
                 "chunk": chunk,
                 "depth": unit.depth,
                 "correct": needles.is_correct(self.tokenizer, ids, trial.answer),
                 "expected": trial.answer,
                 "reply": " ".join(decode_ids(self.tokenizer, ids).split()),
-                "cache_bytes": max(held) // unit.count,
+                "cache_bytes": max(held) // len(trials),
                 "max_bytes": method.max_nbytes,
             }
-            for index, (trial, ids) in enumerate(zip(trials, produced, strict=True))
+            for (sample, trial), ids in zip(trials.items(), produced, strict=True)
         ]
 
     def _trial(self, unit: Unit, sample: int) -> needles.Trial:
