@@ -312,6 +312,6 @@ def test_many_operations_in_any_order(machine: type[StreamMachine]) -> None:
     operations = int(os.environ.get("ADMS_STATE_OPERATIONS", "100000"))
     wanted, machine.operations = operations // len(MACHINES), 0
     # Runs end at 200 operations or, by chance, earlier.
-    run(machine, examples=max(1, wanted // 150), steps=200)
+    run(machine, examples=max(1, wanted // 140), steps=200)
     print(f"{machine.__name__}: {machine.operations:,} operations")
     assert machine.operations >= wanted
