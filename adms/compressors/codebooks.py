@@ -44,25 +44,6 @@ def _half_norms_on(device: torch.device) -> torch.Tensor:
     return -0.5 * shipped()[0].square().sum(-1).to(device)
 
 
-def residual_codes(vectors: torch.Tensor, stages: int | None = None) -> torch.Tensor:
-    """The codeword of each stage for what the stages before it left over.
-
-    Args:
-        vectors: ``[..., 8]`` float32, of unit variance.
-        stages: how many; all there are if None.
-
-    Returns:
-        ``[..., stages]`` indices (int64).
-    """
-    books, half_norms = codebooks_on(vectors.device), _half_norms_on(vectors.device)
-    codes = []
-    for book, half in zip(books[:stages], half_norms, strict=False):
-        index = nearest(vectors, book, half)
-        vectors = vectors - book[index]
-        codes.append(index)
-    return torch.stack(codes, dim=-1)
-
-
 def nearest(
     vectors: torch.Tensor, codebook: torch.Tensor, half: torch.Tensor | None = None
 ) -> torch.Tensor:

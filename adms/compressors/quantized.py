@@ -20,7 +20,7 @@ from adms.compressors.base import (
     register_compressor,
     unpack,
 )
-from adms.compressors.codebooks import GROUP, WORDS, codebooks_on, residual_codes
+from adms.compressors.codebooks import GROUP, WORDS, assign, codebooks_on
 from adms.compressors.tables import CodeTables, Projection, views
 from adms.entries import Entries, TokenShape
 
@@ -139,7 +139,12 @@ class QuantizedCoder(Coder):
         gain = centred.square().mean(3, keepdim=True).sqrt().clamp(1e-6, 6e4).half()
         residual = torch.nn.functional.pad(centred / gain.float(), (0, -size % GROUP))
         residual = residual.unflatten(3, (-1, GROUP))
-        code = residual_codes(residual, self.stages).to(torch.uint8).flatten(3)
+        # [B, K, N, G, 8]: the groups of all heads are searched as one coder's.
+        heads, groups = residual.shape[1], residual.shape[3]
+        vectors = residual.transpose(2, 3).flatten(1, 2)
+        stages = torch.full(vectors.shape[:2], self.stages, device=states.device)
+        found = assign(vectors, stages, stages)[:, : self.stages]
+        code = found.unflatten(2, (heads, groups)).permute(0, 2, 4, 3, 1).flatten(3)
         record = torch.cat([code, gain.view(torch.uint8)], dim=3)
         return record.transpose(1, 2).flatten(2)
 
