@@ -208,7 +208,8 @@ class Bench:
         """``[1, tokens]`` that a piece of work reads; every sample and trial has its own."""
         one = self.evaluation
         tokens = unit.length or one.tokens
-        return self.ids(one.offset + sample * tokens, tokens)
+        stride = one.stride if unit.length and one.stride else tokens
+        return self.ids(one.offset + sample * stride, tokens)
 
     def _chunk(self, unit: Unit) -> int:
         # What ADMS resolves to; every method reads in the same chunks.

@@ -357,3 +357,18 @@ def test_trials_read_together_answer_as_alone(
             one, part = alone.pop(name), together.pop(name)
             assert one == part or 0.9 * float(one) < float(part) <= float(one)
         assert alone == together
+
+
+def test_trials_begin_a_stride_apart(
+    tiny_model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """A text that is too short for texts of their own carries overlapping ones."""
+    asked = {"tasks": ("passkey",), "methods": ("adms",), "depths": (0.5,), "trials": 4}
+    apart = small(tiny_model_folder, text_file, lengths=(2000,), **asked)
+    with pytest.raises(ADMSValueError, match="the text has"):
+        run_evaluation(apart, tmp_path / "apart", command="the command")
+    near = small(tiny_model_folder, text_file, lengths=(2000,), stride=100, **asked)
+    run_evaluation(near, tmp_path / "near", command="the command")
+    assert len(rows_of(tmp_path / "near")) == 4
+    with pytest.raises(ADMSValueError, match="stride must be at least 1"):
+        small(tiny_model_folder, text_file, stride=0)
