@@ -13,7 +13,7 @@ configuration unless a row names it.
 import argparse
 import csv
 import itertools
-import json
+import math
 import os
 import shlex
 import subprocess
@@ -50,6 +50,8 @@ SETTINGS = (
     *(f"compressor_type=vq anchor_mode={mode}" for mode in ("mean", "grid", "hybrid")),
 )
 DEPTHS, FEW_DEPTHS = "0.1,0.3,0.5,0.7,0.9", "0.1,0.5,0.9"
+# Stretches of each text, one after the other; the first is the one that figures are quoted of.
+SAMPLES = 6
 LENGTHS = (1024, 2048, 4096, 8064, 16384, 32768, 65536)
 
 
@@ -89,15 +91,16 @@ def with_settings(words: str) -> list[str]:
 
 
 def stream(text: str, tokens: int, first: int, methods: str, size: int, *more: str) -> list[str]:
-    """``adms eval`` of tokens after the 2000th of a text."""
+    """``adms eval`` of tokens after the 2000th of a text, and of the five stretches after those."""
     place = ["--offset", "2000", "--tokens", str(tokens), "--measure-from", str(first)]
-    return ["eval", "--text", text, *place, "--methods", methods, *sizes(size), *more]
+    streams = ["--samples", str(SAMPLES), "--together", str(SAMPLES)]
+    return ["eval", "--text", text, *place, *streams, "--methods", methods, *sizes(size), *more]
 
 
 def size_jobs(texts: Sequence[str]) -> Iterable[Job]:
     """Caches of three sizes on every text, two lengths, two dtypes."""
-    for text, size, tokens, dtype in itertools.product(
-        texts, SIZES, (4096, 8192), ("float32", "bfloat16")
+    for dtype, tokens, size, text in itertools.product(
+        ("float32", "bfloat16"), (4096, 8192), SIZES, texts
     ):
         # From where every cache but those of 1024 has long overflowed.
         first = 1280 if size < 1024 else 2560
@@ -114,13 +117,9 @@ def size_jobs(texts: Sequence[str]) -> Iterable[Job]:
 def method_jobs(texts: Sequence[str]) -> Iterable[Job]:
     """Every method at 512 tokens."""
     for text in texts:
-        yield Job(
-            "methods",
-            (),
-            short_name(text),
-            tuple(stream(text, 4096, 1280, "all", 512)),
-            weight=4,
-        )
+        place = ["--offset", "2000", "--tokens", "4096", "--measure-from", "1280"]
+        arguments = ("eval", "--text", text, *place, "--methods", "all", *sizes(512))
+        yield Job("methods", (), short_name(text), arguments, weight=4)
 
 
 def compressor_jobs(texts: Sequence[str]) -> Iterable[Job]:
@@ -151,7 +150,8 @@ def sink_jobs(texts: Sequence[str]) -> Iterable[Job]:
         options = ["--compressed-budget", str(budget), "--recent-size", "512"]
         place = ["--offset", "2000", "--tokens", "24576", "--measure-from", "16384"]
         options += ["--methods", "streaming,adms", *with_settings(words)]
-        arguments = ["eval", "--text", text, *place, *options]
+        streams = ["--samples", "4", "--together", "4"]
+        arguments = ["eval", "--text", text, *place, *streams, *options]
         yield Job("sinks", (words, str(budget)), short_name(text), tuple(arguments), 6)
 
 
@@ -159,7 +159,7 @@ def question(text: str, kind: str, length: int, methods: str, *more: str) -> tup
     """``adms passkey`` with ten questions a cell."""
     # Ten texts of 65,536 tokens that begin so far apart fit into 288,000.
     stride = min(length, 24000)
-    trials = ["--trials", "10", "--together", "10", "--stride", str(stride)]
+    trials = ["--trials", "10", "--together", "50", "--stride", str(stride)]
     place = ["--text", text, "--kinds", kind, "--lengths", str(length)]
     return ("passkey", *place, *trials, "--methods", methods, *more)
 
@@ -272,37 +272,83 @@ def _environment() -> dict[str, str]:
     return {"OMP_NUM_THREADS": "1", **os.environ}
 
 
-def results(folder: Path) -> list[Row]:
-    """The summary rows of a finished run; empty where it is not finished."""
-    file = folder / "summary.json"
-    if not file.is_file():
-        return []
-    rows: list[Row] = json.loads(file.read_text())
-    return rows
+@dataclass(frozen=True)
+class Found:
+    """What a method did to a text.
+
+    Attributes:
+        label: of the method.
+        first: perplexity of the first stretch.
+        every: of all stretches, the geometric mean.
+        nbytes, bound: bytes of the cache, and what they never exceed.
+    """
+
+    label: str
+    first: float
+    every: float
+    nbytes: str
+    bound: str
 
 
-def by_method(rows: list[Row]) -> dict[str, Row]:
-    """Perplexity rows by method."""
-    return {str(row["method"]): row for row in rows}
+def results(folder: Path) -> dict[str, Found]:
+    """Perplexities of a finished run by method."""
+    if not (folder / "summary.json").is_file():
+        return {}
+    groups: dict[str, list[Row]] = defaultdict(list)
+    with (folder / "rows.csv").open() as file:
+        for row in csv.DictReader(file):
+            if row.get("perplexity"):
+                groups[row["method"]].append(row)
+    found = {}
+    for name, rows in groups.items():
+        values = [float(row["perplexity"]) for row in sorted(rows, key=lambda row: row["sample"])]
+        every = math.exp(sum(map(math.log, values)) / len(values))
+        first = rows[0]
+        found[name] = Found(
+            first["label"], values[0], every, first["cache_bytes"], first["max_bytes"]
+        )
+    return found
 
 
-def figure(row: Row | None) -> str:
-    """Perplexity and the gap closed, as a cell."""
-    if row is None or row.get("perplexity") is None:
+def cell(found: Found | None, ends: dict[str, Found]) -> str:
+    """Perplexity, the gap closed on the first stretch, and on all of them."""
+    if found is None:
         return ""
-    closed = row.get("gap_closed")
-    return f"{row['perplexity']:.3f}" + ("" if closed is None else f" ({closed:.0%})")
+    shares = gaps(found, ends)
+    shown = " / ".join("–" if share is None else f"{share:.0%}" for share in shares)
+    return (
+        f"{found.first:.3f} ({shown})"
+        if any(share is not None for share in shares)
+        else (f"{found.first:.3f}")
+    )
+
+
+def gaps(found: Found, ends: dict[str, Found]) -> list[float | None]:
+    """The gap to the full cache that is closed on the first stretch, and on all of them."""
+    if "full" not in ends or "streaming" not in ends:
+        return [None, None]
+    full, streaming = ends["full"], ends["streaming"]
+    return [
+        gap_closed(streaming.first, full.first, found.first),
+        gap_closed(streaming.every, full.every, found.every),
+    ]
 
 
 def size_table(jobs: list[Job], output: Path) -> list[Row]:
-    """One row a text, length, dtype and size."""
+    """One row a dtype, length, size and text."""
     table = []
     for job in jobs:
-        found = by_method(results(output / job.name))
+        found = results(output / job.name)
         if found:
             names = dict(zip(("text", "tokens", "dtype", "cache"), job.row, strict=True))
-            cells = {name: figure(found.get(name)) for name in COMPARED.split(",")}
-            table.append({**names, **cells, "max bytes": found["adms"]["max_bytes"]})
+            shown = {
+                found[name].label.split()[0] if name != "window" else "exact window": cell(
+                    found[name], {} if name in ("full", "streaming") else found
+                )
+                for name in COMPARED.split(",")
+                if name in found
+            }
+            table.append({**names, **shown, "max bytes": found["adms"].bound})
     return table
 
 
@@ -310,9 +356,13 @@ def method_table(jobs: list[Job], output: Path) -> list[Row]:
     """One row a method, one column a text."""
     cells: dict[str, Row] = defaultdict(dict)
     for job in jobs:
-        for row in results(output / job.name):
-            cells[row["label"]][job.column] = figure(row)
-            cells[row["label"]]["cache bytes"] = row.get("cache_bytes")
+        found = results(output / job.name)
+        for one in found.values():
+            share = gaps(one, found)[0]
+            cells[one.label][job.column] = f"{one.first:.3f}" + (
+                "" if share is None else f" ({share:.0%})"
+            )
+            cells[one.label]["cache bytes"] = one.nbytes
     columns = [*(job.column for job in jobs), "cache bytes"]
     return [
         {"method": label, **{name: found.get(name, "") for name in columns}}
@@ -321,34 +371,29 @@ def method_table(jobs: list[Job], output: Path) -> list[Row]:
 
 
 def adms_table(jobs: list[Job], output: Path) -> list[Row]:
-    """One row a setting, one column a text, and the mean of the gaps.
+    """One row a setting, one column a text, and the mean of the gaps over all stretches.
 
     The full cache and StreamingLLM that gaps are measured against are those of the settings'
     first row.
     """
-    cells: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
+    cells: dict[tuple[str, ...], dict[str, Found]] = defaultdict(dict)
     for job in jobs:
-        found = by_method(results(output / job.name))
+        found = results(output / job.name)
         if "adms" in found:
-            cells[job.row][job.column] = found["adms"]["perplexity"]
+            cells[job.row][job.column] = found["adms"]
     columns = list(dict.fromkeys(job.column for job in jobs))
-    ends = {}
-    for job in setting_jobs(columns):
-        found = by_method(results(output / job.name))
-        if "full" in found:
-            ends[job.column] = found["streaming"]["perplexity"], found["full"]["perplexity"]
+    ends = {
+        job.column: results(output / job.name)
+        for job in setting_jobs(columns)
+        if job.row == ("default",)
+    }
     table = []
     for names, values in cells.items():
-        gaps = {
-            text: gap_closed(*ends[text], value) for text, value in values.items() if text in ends
-        }
-        known = [gap for gap in gaps.values() if gap is not None]
+        shares = [gaps(one, ends[text])[1] for text, one in values.items()]
+        known = [share for share in shares if share is not None]
+        shown = {text: cell(values.get(text), ends[text]) for text in columns}
         mean = f"{sum(known) / len(known):.3f}" if len(known) == len(columns) else ""
-        shown = {
-            text: figure({"perplexity": values.get(text), "gap_closed": gaps.get(text)})
-            for text in columns
-        }
-        table.append({"setting": " ".join(names), **shown, "mean gap closed": mean})
+        table.append({"setting": " ".join(names), **shown, "mean": mean})
     return table
 
 
@@ -356,11 +401,11 @@ def sink_table(jobs: list[Job], output: Path) -> list[Row]:
     """One row a kind of sinks."""
     table = []
     for job in jobs:
-        found = by_method(results(output / job.name))
+        found = results(output / job.name)
         if found:
-            shown = {name: figure(found.get(name)) for name in ("streaming", "adms")}
             names = {"sinks": job.row[0], "budget": job.row[1]}
-            table.append({**names, **shown, "max bytes": found["adms"]["max_bytes"]})
+            shown = {found[name].label.split()[0]: f"{found[name].first:.3f}" for name in found}
+            table.append({**names, **shown, "max bytes": found["adms"].bound})
     return table
 
 

@@ -42,7 +42,8 @@ def main(
         int,
         typer.Option(
             min=1,
-            help="Trials read at a time, as rows of a batch, for a GPU. Baselines take one.",
+            help="Trials of all depths read at a time, as rows of a batch, for a GPU. Baselines "
+            "take one.",
         ),
     ] = 1,
     methods: options.Methods = f"{FULL},{STREAMING},{ADMS}",
