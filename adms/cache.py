@@ -485,7 +485,10 @@ class ADMSKVCache(Cache):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hands a layer its new tokens; see ``ADMSLayer.update``."""
-        self.require_view()
+        if self.require_view().is_step:
+            # Attention stores them on its way. Which layer it is must not be asked here, see
+            # ``compiled_layers``.
+            return key_states, value_states
         return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
