@@ -73,8 +73,8 @@ class ADMSLayer(CacheLayerMixin):
         if self.exact is None:
             raise RuntimeError("lazy_initialization left the layer without tiers")
         self.require_alike(self.exact, key_states, value_states)
-        self.finite = torch.isfinite(key_states).all() & torch.isfinite(value_states).all()
         if view.in_ring:
+            self.finite = torch.isfinite(key_states).all() & torch.isfinite(value_states).all()
             rows, slots = self.cache.in_flight_on(key_states.device)
             self.exact.write_in_flight(key_states, value_states, rows, slots)
         else:
