@@ -82,7 +82,7 @@ class DecodeStep:
         """Everything that is kept between passes."""
         held = [] if self.held is None else self.held.tensors()
         # Codes and landmarks may be read by the same.
-        found = [one.offsets for tables in self.tables for one in tables if one is not None]
+        found = [part for tables in self.tables for one in tables if one for part in one.tensors()]
         held += list({id(part): part for part in found}.values())
         own = [self.flags, self.flags_host, self.inputs, getattr(self.output, "hidden", None)]
         return held + [part for part in own if part is not None]
@@ -208,8 +208,13 @@ class DecodeStep:
         if self.phase != "coded" or (self.tables and not self.moved):
             return
         found = [layer.middle.tables() for layer in self.layers if layer.middle is not None]
-        if not self.tables:
+        if not self.fused:
+            # The twin reads what there is and no more.
+            found = [tuple(one and one.trimmed() for one in tables) for tables in found]
+        if not self.tables or not self.fused:
             self.tables = found
+            self.moved = False
+            return
         for before, after in zip(self.tables, found, strict=True):
             for own, new in zip(before, after, strict=True):
                 if own is not None and new is not None and own is not new:
@@ -257,8 +262,15 @@ class DecodeStep:
             exact=(cos[:, :count], sin[:, :count]),
             valid=held.kept & (held.tokens <= held.seen[:, None]),
             middle=(cos[:, count:], sin[:, count:]),
+            shown=self._shown(held),
             marks=marks,
         )
+
+    def _shown(self, held: Held) -> torch.Tensor | None:
+        """Which entries of the middle no landmark stands for; None where each layer finds out."""
+        if self.fused or held.valid is None or held.order is None or held.hidden is None:
+            return None
+        return held.valid & ~is_among(held.order, held.hidden)
 
     # --- one layer -------------------------------------------------------------------------------
 
@@ -304,18 +316,19 @@ class DecodeStep:
         held = self.held
         if held is None or held.valid is None:
             raise RuntimeError("a middle before its buffers")
-        hidden = held.hidden
+        valid, hidden = held.valid, held.hidden
+        if shared.shown is not None:
+            valid, hidden = shared.shown, None
         order = held.order if hidden is not None else None
         tables, mark_tables = found
         if tables is not None:
-            records = middle.records()[:, : held.valid.shape[1]]
-            coded.append(CodedPart(records, tables, *shared.middle, held.valid, order, hidden))
+            records = middle.records()[:, : valid.shape[1]]
+            coded.append(CodedPart(records, tables, *shared.middle, valid, order, hidden))
         else:
             total = FULL if self.phase == "coded" else middle.plan.geometry.raw_tokens
             entries = middle.read([total] * self.batch)
             if entries is None:
                 raise RuntimeError("a middle with tokens was read as empty")
-            valid = held.valid
             width = valid.shape[1]
             if order is not None and hidden is not None:
                 valid = valid & ~is_among(order, hidden)
