@@ -6,6 +6,7 @@
 
 Timed are attention alone ("kernel"), the choice of blocks by an untrained scorer ("selection"), and
 both in one call ("module"), on random inputs; "faster" compares dense attention with the module.
+On a CPU times are of the process's CPU, which a busy machine hardly changes.
 
 On CUDA they are recorded in a CUDA graph, as servers run them, so that what the device computes is
 timed and not how fast Python launches it; "calls in turn" are calls one after the other. "Dense" is
@@ -66,10 +67,10 @@ def settle() -> None:
 
 
 def seconds(call: Call) -> float:
-    """Time of one call."""
-    start = time.perf_counter()
+    """CPU time of one call."""
+    start = time.process_time()
     call()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def device_seconds(call: Call, count: int = 20) -> float:
@@ -192,10 +193,9 @@ def main() -> None:
     parser.add_argument("--sparsities", type=numbers, default="0.5,0.9,0.95")
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5, help="rounds, of which the median counts")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("outputs/block_sparse"))
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     rows: list[Row] = []
     with torch.inference_mode():
@@ -206,7 +206,7 @@ def main() -> None:
                     print(display(rows[-2:])[-1], flush=True)
     name = torch.cuda.get_device_name() if arguments.device != "cpu" else platform.machine()
     about = (
-        f"{name}, torch {torch.__version__}, {arguments.threads} CPU threads, blocks of "
+        f"{name}, torch {torch.__version__}, one CPU thread, blocks of "
         f"{arguments.block_size}, medians of {arguments.repeats}."
     )
     body = f"{about}\n\n{markdown_table(display(rows))}"

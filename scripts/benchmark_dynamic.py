@@ -106,10 +106,9 @@ def main() -> None:
     parser.add_argument("--changes", type=int, default=1, help="keys changed in a round")
     parser.add_argument("--heads", type=int, nargs="+", default=[1])
     parser.add_argument("--updates", type=int, default=4300, help="rounds")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("outputs/dynamic"))
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     rows = []
     with torch.inference_mode():
@@ -119,7 +118,7 @@ def main() -> None:
                 print(display(rows[-1]), flush=True)
     name = torch.cuda.get_device_name() if arguments.device != "cpu" else platform.machine()
     about = (
-        f"{name}, torch {torch.__version__}, {arguments.threads} CPU threads, float32 inputs, "
+        f"{name}, torch {torch.__version__}, one CPU thread, float32 inputs, "
         f"{arguments.entries} entries, {arguments.queries or arguments.entries} queries, size "
         f"{SIZE}; {arguments.updates} rounds of {arguments.changes} changed keys and a read."
     )

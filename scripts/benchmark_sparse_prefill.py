@@ -84,10 +84,9 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=3)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("outputs/sparse_prefill_layer"))
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     with torch.inference_mode():
         rows = [measure(*case, arguments) for case in arguments.cases]
@@ -98,7 +97,7 @@ def main() -> None:
     about = (
         f"CPU milliseconds of one layer's attention: {arguments.heads} query and "
         f"{arguments.kv_heads} KV heads of {arguments.head_dim}, float32, torch "
-        f"{torch.__version__}, {arguments.threads} threads, medians of {arguments.repeats}."
+        f"{torch.__version__}, one thread, medians of {arguments.repeats}."
     )
     config = {name: value for name, value in vars(arguments).items() if name != "output"}
     body = f"{about}\n\n{markdown_table(shown)}"

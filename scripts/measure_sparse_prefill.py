@@ -77,10 +77,9 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=64)
     parser.add_argument("--recent", type=int, default=2000)
     parser.add_argument("--budget", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("outputs/sparse_prefill"))
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)
     with user_errors():
         config = ADMSConfig(
             recent_size=arguments.recent,

@@ -58,10 +58,11 @@ def test_passkey(place: list[object], tmp_path: Path) -> None:
 
 
 def test_inspect(place: list[object], tmp_path: Path) -> None:
-    picture = tmp_path / "tiers.png"
-    result = invoke("inspect", *place, *SIZES, "--tokens", 200, "--picture", picture)
+    result = invoke("inspect", *place, *SIZES, "--tokens", 200, "--output", tmp_path)
     assert result.exit_code == 0, result.output
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "plots" / "tiers.png").read_bytes().startswith(b"\x89PNG")
+    report = (tmp_path / "report.md").read_text()
+    assert "| recent |" in report and "landmarks of the middle" in report
     bar = next(line for line in result.output.splitlines() if line.startswith("S"))
     assert set(bar.strip()) <= set("Sm.R") and bar.strip().endswith("R")
 
