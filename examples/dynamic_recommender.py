@@ -58,7 +58,7 @@ if __name__ == "__main__":
     parser.add_argument("output", type=Path, help="folder of the run")
     output = parser.parse_args().output
     torch.set_num_threads(1)
-    thresholds = [0, 8, 16, 32, 64, 128, 256]
+    thresholds = [0, 16, 64, 256]
     rows: list[Row] = []
     with figure(output / "plots" / "recommender.png", 1, 2, figsize=(9, 3.6)) as (cost, accuracy):
         for exact, name in ((True, "exact"), (False, "stale")):
