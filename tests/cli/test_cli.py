@@ -124,6 +124,21 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert "Traceback" not in result.output and result.exc_info[0] is SystemExit
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stream", "absent.txt"], "cannot read 'absent.txt'"),
+        (["stream", "--generate", "-1"], "--generate must be at least 0"),
+        (["chat", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+        (["chat", "--model", "./absent"], "no model folder"),
+    ],
+)
+def test_mistakes_in_sessions_are_one_line_too(arguments: list[str], message: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.count("\n") == 1 and message in result.stderr
+
+
 def test_wrong_values_of_options_are_exit_code_2() -> None:
     result = invoke("eval", "--tokens", "many")
     assert result.exit_code == 2 and "Traceback" not in result.output
