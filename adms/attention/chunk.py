@@ -21,6 +21,7 @@ from adms.attention.tiered import landmark_positions
 from adms.binding import PositionScheme
 from adms.cache import ADMSKVCache
 from adms.entries import Entries
+from adms.kernels.states import decodes_by_kernel
 from adms.layer import ADMSLayer
 from adms.positions import ForwardView, MiddleGeometry
 from adms.stack import run_of
@@ -245,7 +246,8 @@ def _read(
     parts = [Entries(*(_beside(part[..., start:stop, :]) for part in stack.exact.tensors()))]
     totals = _totals(cache)
     if stack.reader is not None and any(totals):
-        parts += _of_middle(stack.reader, totals * len(stack.layers), len(stack.layers))
+        fused = decodes_by_kernel(cache.binding_for_use.kernel, query)
+        parts += _of_middle(stack.reader, totals * len(stack.layers), len(stack.layers), fused)
     keys = torch.cat([part.keys for part in parts], dim=2) if len(parts) > 1 else parts[0].keys
     values = torch.cat([part.values for part in parts], dim=2)
     places = _places(cache, layer, scheme, view, query)
@@ -263,15 +265,17 @@ def _most(cache: ADMSKVCache, layer: ADMSLayer) -> int:
     return max(1, room // (4 * rows * heads * entries * (size + layer.exact.values.shape[3])))
 
 
-def _of_middle(reader: MiddleTier, totals: list[int], layers: int) -> list[Entries]:
+def _of_middle(reader: MiddleTier, totals: list[int], layers: int, fused: bool) -> list[Entries]:
     """The middle's entries and landmarks of several layers."""
-    entries = reader.read(totals)
+    geometry = reader.plan.geometry
+    coded = geometry.is_coded(totals[0])
+    whole, fine = reader.tables() if fused and coded else (None, None)
+    entries = reader.read(totals, whole)
     if entries is None:
         return []
     found = [entries]
-    geometry = reader.plan.geometry
-    if geometry.landmarks and geometry.is_coded(totals[0]):
-        found.append(reader.landmarks(totals)[0])
+    if geometry.landmarks and coded:
+        found.append(reader.landmarks(totals, fine)[0])
     return [
         Entries(
             *(
