@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from adms.entries import TokenShape
 from adms.errors import ADMSValueError
+from adms.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from adms.moments import Moments
@@ -49,7 +50,10 @@ class LayerCalibration:
         self.tensors = tensors
 
     def num_blocks(self, shape: TokenShape) -> int:
-        """Blocks of a layer of this shape (fewer heads than planned under tensor parallelism)."""
+        """Blocks of a layer of this shape.
+
+        Where a rank's heads are not whole blocks, its blocks are smaller than planned.
+        """
         return shape.num_heads // math.gcd(shape.num_heads, self.block_heads)
 
     def block_channels(self, shape: TokenShape) -> int:
@@ -83,21 +87,26 @@ class Calibration:
 
     Attributes:
         layers: by layer index.
-        shapes: a token of each of them.
+        shapes: a token of each of them, of this process's heads.
         source: where they come from, in a few words.
+        ranks: the processes that hold the bases of the model's other heads.
     """
 
     layers: dict[int, LayerCalibration]
     shapes: dict[int, TokenShape]
     source: str = ""
+    ranks: Ranks = ALONE
 
     @classmethod
-    def planned(cls, shapes: dict[int, TokenShape], model_bytes: int) -> "Calibration":
+    def planned(
+        cls, shapes: dict[int, TokenShape], model_bytes: int, ranks: Ranks = ALONE
+    ) -> "Calibration":
         """Places for bases that together stay within their share of the model's bytes.
 
         Args:
-            shapes: per layer index, keys and values of one token.
+            shapes: per layer index, keys and values of one token, of all heads.
             model_bytes: of all weights.
+            ranks: the processes that the heads are shared out over; blocks do not depend on them.
         """
         most = max((shape.num_heads for shape in shapes.values()), default=1)
         for heads in sorted((n for n in range(1, most + 1) if most % n == 0), reverse=True):
@@ -105,7 +114,8 @@ class Calibration:
                 index: LayerCalibration(math.gcd(shape.num_heads, heads))
                 for index, shape in shapes.items()
             }
-            plan = cls(layers, dict(shapes))
+            own = {index: ranks.share_of(shape) for index, shape in shapes.items()}
+            plan = cls(layers, own, ranks=ranks)
             wanted = sum(layer.nbytes(shapes[index]) for index, layer in layers.items())
             widest = max(
                 (heads * max(shape.key_dim, shape.value_dim) for shape in shapes.values()),
@@ -160,13 +170,14 @@ class Calibration:
         )
 
     def load_state(self, state: dict[str, torch.Tensor], source: str) -> None:
-        """Takes over the tensors of ``state()``.
+        """Takes over the tensors of ``state()``, or this rank's part of what ``save`` wrote.
 
         Raises:
             ADMSValueError: names, shapes or dtypes are not those of this model, or a number is not
                 finite.
         """
         expected = self.layout()
+        state = {name: self._own_part(part, expected.get(name)) for name, part in state.items()}
         found = {name: (tuple(part.shape), part.dtype) for name, part in state.items()}
         if found != expected:
             name = next(
@@ -194,8 +205,16 @@ class Calibration:
             }
         self.source = source
 
+    def _own_part(
+        self, part: torch.Tensor, expected: tuple[tuple[int, ...], torch.dtype] | None
+    ) -> torch.Tensor:
+        """This rank's blocks of a tensor that has those of all ranks; any other as it is."""
+        if expected is None or len(part) != expected[0][0] * self.ranks.size:
+            return part
+        return part.chunk(self.ranks.size)[self.ranks.rank]
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file.
+        """Writes a safetensors file; of several ranks all must call, and the first one writes.
 
         Raises:
             ADMSValueError: nothing is fitted yet.
@@ -204,7 +223,10 @@ class Calibration:
             raise ADMSValueError("this calibration is not fitted yet; call adms.calibrate first")
         target = Path(path)
         beside = target.with_name(f"{target.name}.part")
-        state = {name: part.cpu().contiguous() for name, part in self.state().items()}
+        whole = {name: self.ranks.joined(part) for name, part in self.state().items()}
+        if self.ranks.rank > 0:
+            return
+        state = {name: part.cpu().contiguous() for name, part in whole.items()}
         save_file(state, beside, metadata={"format": FORMAT, "source": self.source})
         os.replace(beside, target)
 

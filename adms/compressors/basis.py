@@ -28,16 +28,24 @@ GAIN_ZERO = 128
 HALF_LIMIT = 6.0e4
 
 
-def split_gain(channels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Channels ``[B, N, C]`` of a size of one, and the byte ``[B, N, 1]`` that says what it was."""
-    power = channels.square().mean(2, keepdim=True).sqrt().clamp(min=1e-6)
+def split_gain(channels: torch.Tensor, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Channels ``[B, N, S * C]`` of a size of one in each block, and bytes ``[B, N, S]`` for that.
+
+    Args:
+        channels: block by block.
+        blocks: how many (``S``).
+    """
+    own = channels.unflatten(2, (blocks, -1))
+    power = own.square().mean(3, keepdim=True).sqrt().clamp(min=1e-6)
     step = (power.log2() * GAIN_STEPS).round().clamp(-GAIN_ZERO, 255 - GAIN_ZERO)
-    return channels / torch.exp2(step / GAIN_STEPS), (step + GAIN_ZERO).to(torch.uint8)
+    gain = (step[..., 0] + GAIN_ZERO).to(torch.uint8)
+    return (own / torch.exp2(step / GAIN_STEPS)).flatten(2), gain
 
 
 def with_gain(channels: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
     """The inverse of ``split_gain``."""
-    return channels * torch.exp2((gain.float() - GAIN_ZERO) / GAIN_STEPS)
+    factor = torch.exp2((gain.float() - GAIN_ZERO) / GAIN_STEPS)
+    return (channels.unflatten(2, (gain.shape[2], -1)) * factor[..., None]).flatten(2)
 
 
 class Basis(ABC):
@@ -45,10 +53,12 @@ class Basis(ABC):
 
     Attributes:
         layout: dtypes and extents of the header's parts.
+        blocks: blocks of heads (``S``).
         channels: coded channels (``S * C``).
     """
 
     layout: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
+    blocks: int = 1
     channels: int
 
     @abstractmethod
@@ -82,7 +92,7 @@ class Basis(ABC):
 
         Args:
             parts: of the header, a row each.
-            gain_start: the gain's byte.
+            gain_start: the byte of the first block's gain; those of the others follow.
         """
 
 
@@ -130,7 +140,7 @@ class FittedBasis(Basis):
     def projection(self, parts: list[torch.Tensor], gain_start: int) -> Projection:
         """The basis as it is stored."""
         mean, basis, scale, deviation = (part[:, None] for part in parts)
-        return Projection(basis, scale, deviation, mean, gain_start, 0)
+        return Projection(basis, scale, deviation, mean, gain_start, 1)
 
 
 class SharedBasis(Basis):
@@ -251,7 +261,7 @@ class SharedBasis(Basis):
             deviation,
             mean,
             gain_start,
-            0,
+            1,
             rows=order,
             weight=None if weight is None else weight[None],
         )
