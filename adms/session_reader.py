@@ -10,7 +10,7 @@ from torch import nn
 from adms.attention.span_learner import IntegratedAttentionConfig
 from adms.cache import ADMSKVCache
 from adms.calibration import Calibration
-from adms.config import ADMSConfig, Sizes
+from adms.config import SINK_PARAMETERS, ADMSConfig, Sizes
 from adms.errors import ADMSError, ADMSValueError, SessionFileError
 from adms.fingerprint import (
     describe_codes,
@@ -88,11 +88,17 @@ class SessionReader:
         layers = self.get("layers", list)
         return self._dtype(layers[0]) if layers else None
 
-    def config(self) -> ADMSConfig:
+    def config(self, model: nn.Module) -> ADMSConfig:
         """The configuration, with what was left at its default still at it."""
-        explicit = self.get("explicit", list)
+        explicit, values = self.get("explicit", list), dict(self.get("config", dict))
+        # A family's own number of sinks may have been another one; a stream keeps its own.
+        family = find_family(model)
+        default = family.default_sinks(family.decoder(model).config)
+        sinks = self.get("sink", int, self.get("sizes", dict))
+        if default not in (None, sinks) and not any(name in explicit for name in SINK_PARAMETERS):
+            values["start_size"], explicit = sinks, [*explicit, "start_size"]
         try:
-            return ADMSConfig.from_dict(self.get("config", dict), explicit=explicit)
+            return ADMSConfig.from_dict(values, explicit=explicit)
         except ADMSError as error:
             raise self.misfit(f"its configuration: {error}") from error
 
