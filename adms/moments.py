@@ -231,7 +231,7 @@ def resolve_calibration(
     if isinstance(given, Calibration):
         # Checks its form; the object itself is kept, so that caches share its tensors.
         plan.load_state(given.state(), given.source)
-        return given if given.layout() == plan.layout() else plan
+        return given if given.ranks == plan.ranks else plan
     plan.load_state(*read_calibration(given))
     return plan
 

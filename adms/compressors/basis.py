@@ -182,7 +182,9 @@ class SharedBasis(Basis):
 
     def _part(self, name: str, device: torch.device) -> torch.Tensor | None:
         """One tensor of all layers ``[L, S, ...]``; a copy where they are several."""
-        parts = [one.on(device).get(f"{self.name}_{name}") for one in self.calibrations]
+        parts = [
+            one.on(device, self.blocks).get(f"{self.name}_{name}") for one in self.calibrations
+        ]
         found = [part for part in parts if part is not None]
         if not found:
             return None
@@ -253,7 +255,7 @@ class SharedBasis(Basis):
         mean, order, deviation = (part.unflatten(1, (self.blocks, -1)) for part in parts)
         if len(self.calibrations) > 1:
             raise RuntimeError("kernels read one layer at a time")
-        tensors = self.calibrations[0].on(mean.device)
+        tensors = self.calibrations[0].on(mean.device, self.blocks)
         weight = tensors.get(f"{self.name}_weight")
         return Projection(
             tensors[f"{self.name}_basis"][None],
