@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adms import compat
 from adms.attention.span_learner import IntegratedAttentionConfig
 from adms.cache import ADMSKVCache
 from adms.calibration import Calibration
@@ -53,7 +54,12 @@ class SessionReader:
         return value
 
     def check_model(self, model: nn.Module) -> None:
-        """Refuses another model than the stream ran through."""
+        """Refuses another model than the stream ran through, and a rank's part of one."""
+        if compat.tensor_parallel_group(model) is not None:
+            raise self.misfit(
+                "it holds all heads, and this process has those of one rank; load the model "
+                "without tp_plan"
+            )
         differences = model_differences(self.get("model", dict), describe_model(model))
         if differences:
             raise self.misfit(
