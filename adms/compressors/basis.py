@@ -24,6 +24,8 @@ SHARED_VALUE_SHARE = 0.9
 # Steps of the gain per doubling.
 GAIN_STEPS = 8
 GAIN_ZERO = 128
+# Steps per doubling in which channels are put in the order of their deviation.
+ORDER_STEPS = 8
 # Largest deviation that float16 keeps.
 HALF_LIMIT = 6.0e4
 
@@ -208,7 +210,11 @@ class SharedBasis(Basis):
         """Mean, which channels of each block, their deviations."""
         mean = states.mean(0).half()
         deviation = _deviation(self._every_channel((states - mean.float())[None])[0])
-        order = deviation.float().argsort(dim=1, descending=True, stable=True)
+        # In steps, and within one in the order of the basis: what differs by rounding alone (on
+        # another device, on ranks that share the heads) should be grouped alike, or all codes would
+        # differ.
+        step = (deviation.float().log2() * ORDER_STEPS).round()
+        order = step.argsort(dim=1, descending=True, stable=True)
         order = order[:, : self.channels // self.blocks]
         return mean, order.flatten().to(torch.int16), deviation.gather(1, order).flatten()
 
