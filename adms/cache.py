@@ -31,6 +31,7 @@ from adms.timeline import Timeline
 
 if TYPE_CHECKING:
     from adms.attention.span_learner import SpanLearner
+    from adms.steady import SteadyCommit
     from adms.step import DecodeStep
 
 
@@ -274,7 +275,11 @@ class ADMSKVCache(Cache):
         elif after != timeline.evicted or view.device.type == "cpu":
             # What is not finite must not be coded; else there is time until the next call.
             self._require_finite_step()
-        commit = Commit(timeline, view, after, layers, windows)
+        commit: Commit | SteadyCommit | None = None
+        if view.is_step and self.step is not None:
+            commit = self.step.commit_of(timeline.evicted, after)
+        if commit is None:
+            commit = Commit(timeline, view, after, layers, windows)
         commit.prepare()
         spans = self._spans_after(view, layers)
         commit.keep_overwritten()
@@ -284,7 +289,7 @@ class ADMSKVCache(Cache):
             # falls before it or after it.
             self.timeline = timeline.after(view.new, after, view.columns)
             self.spans = spans
-            if self.step is not None and (commit.moves_tokens or not view.is_step):
+            if self.step is not None and commit.outdates_step:
                 self.step.stale = True
             if view.is_step and not commit.moves_tokens and view.device.type != "cpu":
                 view.release()

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from adms.attention.tiered import landmark_positions
 from adms.cache import ADMSKVCache
 from adms.compressors.tables import CodeTables
 from adms.kernels.decode_attention import decode_attention, write_token
 from adms.kernels.parts import CodedPart, ExactPart, is_among
 from adms.layer import ADMSLayer
-from adms.positions import ForwardView, MiddleView
+from adms.places import Places
+from adms.positions import ForwardView
+from adms.steady import SteadyCommit
 from adms.step_buffers import FULL, Held, Shared
 from adms.tiers.middle import MiddleTier
 from adms.timeline import ring_tokens
@@ -32,6 +33,8 @@ from adms.timeline import ring_tokens
 WARMUP_PASSES = 2
 # What compiles the layers of a pass that is captured; None captures them as they are.
 BACKEND: str | None = "inductor"
+# Where the commit of steady decoding is static too. A CPU would only do more work.
+STEADY_DEVICES = ("cuda",)
 # Compiled forms of one kind of layer, over all captures of a process.
 MOST_CAPTURED_LAYERS = 2**16
 Tables = tuple[CodeTables | None, CodeTables | None]
@@ -53,6 +56,8 @@ class DecodeStep:
         self.batch = cache.timeline.batch_size
         self.device = self.layers[0].exact.keys.device
         self.fused = self.device.type == "cuda"
+        self.text_positions = not cache.config.enable_pos_shift
+        self.anchor_mode = cache.config.anchor_mode
         self.scheme = cache.binding_for_use.kinds[0].scheme
         embedding = getattr(self.scheme, "embedding", None)
         if embedding is not None:
@@ -84,6 +89,8 @@ class DecodeStep:
         self.graph: Any = None
         self.arguments: dict[str, Any] = {}
         self.output: Any = None
+        #: the commit of steady decoding, as static as the pass
+        self.steady: SteadyCommit | None = None
 
     def fits(self, cache: ADMSKVCache) -> bool:
         """Whether the tiers are still where they were."""
@@ -117,6 +124,9 @@ class DecodeStep:
             self.graph = self.output = self.held = None
             self.tables = []
             self.key, self.phase, self.stale = key, phase, True
+            self.steady = None
+            if phase == "coded" and self.device.type in STEADY_DEVICES:
+                self.steady = SteadyCommit.of(self, view.timeline)
             self.inputs = torch.empty_like(given, memory_format=torch.contiguous_format)
         if self.inputs is None:
             raise RuntimeError("a step without a place for its input")
@@ -173,6 +183,8 @@ class DecodeStep:
         # The graph reads their places.
         self.arguments = arguments
         self.graph, self.output = graph, _Output(result)
+        if self.steady is not None:
+            self.steady.capture(graph.pool())
 
     def _pass(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         self.shared = self._shared()
@@ -184,34 +196,70 @@ class DecodeStep:
             self.held.seen += 1
         return result
 
+    # --- the commit of steady decoding -----------------------------------------------------------
+
+    def commit_of(self, before: list[int], after: list[int]) -> SteadyCommit | None:
+        """The static commit by which ``evicted`` of all rows turns from ``before`` to ``after``."""
+        steady = self.steady
+        return steady if steady is not None and steady.makes(before, after) else None
+
     # --- what all layers share -------------------------------------------------------------------
 
     def _held(self, view: ForwardView) -> Held:
-        """From the host's counts, by the same rules as any other pass."""
-        sizes, middle = view.sizes, self.layers[0].middle
-        geometry = None if middle is None else middle.plan.geometry
-        sinks = torch.arange(sizes.sink, device=self.device).expand(view.rows, -1)
-        evicted = view.evicted[:, None]
-        tokens = torch.cat([sinks, ring_tokens(view.evicted + sizes.ring, sizes.ring)], dim=1)
-        kept = torch.cat([sinks < evicted, torch.ones_like(tokens[:, sizes.sink :]).bool()], dim=1)
-        positions = view.exact_positions(tokens, geometry)
-        held = Held(view.seen.clone(), tokens, kept, positions)
-        if middle is None or geometry is None or self.phase == "empty":
+        """From the host's counts."""
+        middle, width = self.layers[0].middle, 0
+        if middle is not None and self.phase != "empty":
+            geometry = middle.plan.geometry
+            totals = [view.timeline.middle_tokens(row) for row in range(view.rows)]
+            if self.fused or self.steady is not None:
+                # What is captured reads as many for every token.
+                totals = [FULL if self.phase == "coded" else geometry.raw_tokens]
+            width = max(geometry.num_entries(total) for total in totals)
+        places = view.places(None if middle is None else middle.plan.geometry)
+        return self._held_at(view.seen.clone(), view.evicted.clone(), places, width)
+
+    def renew(self) -> None:
+        """Works out anew what follows from the counts ``seen`` and ``evicted`` that are held."""
+        held, middle = self.held, self.layers[0].middle
+        if held is None or held.valid is None or middle is None:
+            raise RuntimeError("a step without a middle was to be brought up to date")
+        places = Places(
+            self.layers[0].cache.sizes,
+            middle.plan.geometry,
+            held.evicted,
+            text_positions=self.text_positions,
+            anchor_mode=self.anchor_mode,
+        )
+        held.take(self._held_at(held.seen, held.evicted, places, held.valid.shape[1]))
+
+    def _held_at(
+        self, seen: torch.Tensor, evicted: torch.Tensor, places: Places, width: int
+    ) -> Held:
+        """From counts on the device, by the same rules as any other pass."""
+        sizes, middle = places.sizes, self.layers[0].middle
+        sinks = torch.arange(sizes.sink, device=self.device).expand(len(evicted), -1)
+        tokens = torch.cat([sinks, ring_tokens(evicted + sizes.ring, sizes.ring)], dim=1)
+        filled = torch.ones_like(tokens[:, sizes.sink :]).bool()
+        kept = torch.cat([sinks < evicted[:, None], filled], dim=1)
+        held = Held(seen, evicted, tokens, kept, places.exact(tokens))
+        if middle is None or not width:
             return held
-        found = view.middle(geometry)
-        width = found.num_entries
-        if self.fused:
-            # A graph reads as many for every token.
-            coded = self.phase == "coded"
-            width = geometry.num_entries(FULL) if coded else geometry.raw_tokens
-        missing = width - found.num_entries
-        pad = torch.nn.functional.pad
-        shown = torch.ones_like(found.order).bool() if found.valid is None else found.valid
-        held.positions = torch.cat([positions, pad(found.positions, (0, missing))], dim=1)
-        held.valid = pad(shown, (0, missing))
-        held.order = pad(found.order, (0, missing), value=-1).to(torch.int32)
-        if self.phase == "coded" and geometry.landmarks:
-            self._hold_landmarks(held, view, found, middle)
+        found = places.middle(width)
+        held.valid = found.valid
+        shown = torch.where(held.valid, found.positions, 0)
+        held.positions = torch.cat([held.positions, shown], dim=1)
+        held.order = torch.where(held.valid, found.order, -1).to(torch.int32)
+        if self.phase == "coded" and middle.plan.geometry.landmarks:
+            # The same in all layers, which choose them together.
+            marked = middle.landmark_tokens()
+            held.mark_positions = places.landmarks(marked)
+            held.mark_valid = marked >= 0
+            # Counted from the oldest token that has a code, which stays exact however long the
+            # stream.
+            hidden = torch.where(held.mark_valid, marked - places.first, -1).clamp(min=-1)
+            if middle.plan.geometry.entries_per_record != middle.plan.geometry.block_tokens:
+                hidden = torch.full_like(hidden, -1)
+            held.hidden = hidden.to(torch.int32)
         return held
 
     def _hold_tables(self) -> None:
@@ -227,25 +275,6 @@ class DecodeStep:
                     # All else of them are views of the headers.
                     own.offsets.copy_(new.offsets)
         self.moved = False
-
-    def _hold_landmarks(
-        self, held: Held, view: ForwardView, found: MiddleView, middle: MiddleTier
-    ) -> None:
-        geometry = middle.plan.geometry
-        # The same in all layers, which choose them together.
-        tokens = middle.landmark_tokens()
-        held.mark_positions = landmark_positions(tokens, found, view)
-        held.mark_valid = tokens >= 0
-        # Counted from the oldest token that has a code, which stays exact however long the stream.
-        totals = [view.timeline.middle_tokens(row) for row in range(self.batch)]
-        first = torch.tensor(
-            [view.sizes.sink + total - geometry.held(total) for total in totals],
-            device=self.device,
-        )
-        hidden = torch.where(held.mark_valid, tokens - first[:, None], -1).clamp(min=-1)
-        if geometry.entries_per_record != geometry.block_tokens:
-            hidden = torch.full_like(hidden, -1)
-        held.hidden = hidden.to(torch.int32)
 
     def _shared(self) -> Shared:
         """From the buffers alone, on the device."""

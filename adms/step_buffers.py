@@ -10,7 +10,7 @@ import torch
 
 from adms.compressors.codebooks import GROUP, shipped
 from adms.config import Sizes
-from adms.positions import MiddleGeometry
+from adms.places import MiddleGeometry
 
 # More than any stream has: the geometry of a full middle.
 FULL = 2**62
@@ -22,6 +22,7 @@ class Held:
 
     Attributes:
         seen: ``[R]`` int64, counted up by the step itself.
+        evicted: ``[R]`` int64, tokens that have left the recent tier.
         tokens: ``[R, S]`` int64, what each exact slot holds until the next commit.
         kept: ``[R, S]`` whether it holds anything by then.
         positions: ``[R, S + N]`` float32 cache positions of exact slots and the middle.
@@ -33,6 +34,7 @@ class Held:
     """
 
     seen: torch.Tensor
+    evicted: torch.Tensor
     tokens: torch.Tensor
     kept: torch.Tensor
     positions: torch.Tensor
@@ -85,7 +87,7 @@ def planned_bytes(
     """
     slots = sizes.sink + sizes.ring
     # As the fields of ``Held`` come: counts, then slots, entries and landmarks.
-    a_row = 8 + slots * (8 + 1 + 4)
+    a_row = 2 * 8 + slots * (8 + 1 + 4)
     if geometry is not None:
         a_row += max(geometry.raw_tokens, geometry.num_entries(FULL)) * (4 + 1 + 4)
         a_row += geometry.landmarks * (4 + 1 + 4)

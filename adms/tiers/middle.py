@@ -21,7 +21,7 @@ from adms.compressors.tables import CodeTables
 from adms.config import ADMSConfig
 from adms.entries import Entries, TokenShape
 from adms.importance import Metric, needs_queries
-from adms.positions import MiddleGeometry
+from adms.places import MiddleGeometry
 from adms.tiers.head_landmarks import HeadLandmarkStore
 from adms.tiers.landmarks import LandmarkStore, aligned
 
