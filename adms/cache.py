@@ -22,6 +22,7 @@ from adms.binding import Binding
 from adms.commit import Commit
 from adms.config import ADMSConfig, Sizes
 from adms.errors import ADMSTypeError, ADMSValueError, CacheStateError
+from adms.kernels.choice import using
 from adms.layer import ADMSLayer
 from adms.positions import ForwardView
 from adms.stack import lay_together
@@ -280,7 +281,8 @@ class ADMSKVCache(Cache):
             commit = self.step.commit_of(timeline.evicted, after)
         if commit is None:
             commit = Commit(timeline, view, after, layers, windows)
-        commit.prepare()
+        with using(self.binding_for_use.kernel):
+            commit.prepare()
         spans = self._spans_after(view, layers)
         commit.keep_overwritten()
         try:
