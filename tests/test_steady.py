@@ -184,11 +184,12 @@ def test_another_way_of_committing_in_between(made: list[SteadyCommit]) -> None:
 
 
 @CUDA
-# Inductor recommends TF32 to models in float32, whose exactness is what is tested here.
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.parametrize("compressor", ["low_rank", "quantized", "auto"])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_captured_commits_are_those_that_are_not(compressor: str, rows: int) -> None:
+def test_captured_commits_are_those_that_are_not(
+    compressor: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adms.step, "BACKEND", None)
     model = tiny_llama(layers=3, trained=2048).to("cuda")
     caches, logits = [], []
     for way in both_ways():
@@ -204,8 +205,8 @@ def test_captured_commits_are_those_that_are_not(compressor: str, rows: int) -> 
 
 
 @CUDA
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 def test_an_interrupt_after_a_replay_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adms.step, "BACKEND", None)
     model, ids = tiny_llama(trained=2048).to("cuda"), random_ids(1, 40, seed=2).cuda()
     cache, twin = (small_cache(model, kernel="triton", **CODED) for _ in range(2))
     for one in (cache, twin):

@@ -17,7 +17,7 @@ from adms.compressors.codebooks import GROUP, JOINT_STAGES, STARTS, WORDS, half_
 # Vectors of a program, which is a single warp: a maximum over words then needs no other.
 VECTORS = 8
 # Words whose scores are in registers at a time.
-CHUNK = 64
+CHUNK = 32
 
 
 @lru_cache(maxsize=8)
@@ -53,26 +53,29 @@ def fused_assign(vectors: torch.Tensor, kept: torch.Tensor, most: torch.Tensor) 
 @triton.jit
 def _nearest(
     x, words, halves, stage, below, behind,
-    WORDS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
+    WORDS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, NEXT: tl.constexpr,
 ):  # fmt: skip
     """Indices of a stage's nearest words, which have the highest scores, and these: ``[VECTORS]``.
 
-    Of those that come after the word ``behind`` with score ``below``: by score, then by index.
+    With ``NEXT`` those after the word ``behind`` of score ``below``: by score, then by index.
     """
-    best = tl.full(below.shape, float("-inf"), tl.float32)
-    index = tl.zeros(below.shape, tl.int32)
+    # Each lane keeps the best of its own words; they are compared once, after all.
+    best = tl.full((below.shape[0], CHUNK), float("-inf"), tl.float32)
+    index = tl.zeros((below.shape[0], CHUNK), tl.int32)
     for start in range(0, WORDS, CHUNK):
         word = start + tl.arange(0, CHUNK)
         score = tl.load(halves + stage * WORDS + word)[None, :]
         for d in tl.static_range(GROUP):
             at = words + (stage * GROUP + d) * WORDS + word
             score = score + x[d][:, None] * tl.load(at)[None, :]
-        later = (score == below[:, None]) & (word[None, :] > behind[:, None])
-        score = tl.where((score < below[:, None]) | later, score, float("-inf"))
-        most, place = tl.max(score, axis=1, return_indices=True)
-        index = tl.where(most > best, start + place, index)
-        best = tl.maximum(most, best)
-    return index, best
+        better = score > best
+        if NEXT:
+            later = (score == below[:, None]) & (word[None, :] > behind[:, None])
+            better = better & ((score < below[:, None]) | later)
+        best = tl.where(better, score, best)
+        index = tl.where(better, word[None, :], index)
+    most = tl.max(best, axis=1)
+    return tl.min(tl.where(best == most[:, None], index, WORDS), axis=1), most
 
 
 @triton.jit
@@ -136,12 +139,12 @@ def assign_codes(
     score = any_score
     start = any_word
     for _ in range(STARTS):
-        start, score = _nearest(x, words, halves, 0, score, start, WORDS, GROUP, CHUNK)
+        start, score = _nearest(x, words, halves, 0, score, start, WORDS, GROUP, CHUNK, True)
         path = _less(x, start, words, 0, WORDS, GROUP)
-        one, _s = _nearest(path, words, halves, 1, any_score, any_word, WORDS, GROUP, CHUNK)
+        one, _s = _nearest(path, words, halves, 1, any_score, any_word, WORDS, GROUP, CHUNK, False)
         path = _less(path, one, words, 1, WORDS, GROUP)
         after = _square(path, GROUP)
-        two, _t = _nearest(path, words, halves, 2, any_score, any_word, WORDS, GROUP, CHUNK)
+        two, _t = _nearest(path, words, halves, 2, any_score, any_word, WORDS, GROUP, CHUNK, False)
         path = _less(path, two, words, 2, WORDS, GROUP)
         after = tl.where(counted > 2, _square(path, GROUP), after)
         # Where one stage counts alone, the nearest word, which comes first, is the best.
@@ -159,7 +162,9 @@ def assign_codes(
     left = _less(left, second, words, 1, WORDS, GROUP)
     left = _less(left, third, words, 2, WORDS, GROUP)
     for stage in tl.static_range(JOINT, STAGES):
-        index, _u = _nearest(left, words, halves, stage, any_score, any_word, WORDS, GROUP, CHUNK)
+        index, _u = _nearest(
+            left, words, halves, stage, any_score, any_word, WORDS, GROUP, CHUNK, False
+        )
         left = _less(left, index, words, stage, WORDS, GROUP)
         index = tl.where(asked > stage, index, 0)
         tl.store(out + stage * size, index.to(tl.uint8), mask=inside)
