@@ -10,7 +10,6 @@ second overwrites, so that an error or an interrupt anywhere leaves the cache as
 Shapes: ``L`` layers, ``B`` rows, ``K`` KV heads, ``N`` tokens that leave.
 """
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,8 +22,6 @@ from adms.timeline import Timeline
 
 if TYPE_CHECKING:
     from adms.step import DecodeStep
-
-logger = logging.getLogger("adms")
 
 # Rehearsals before a capture, in which kernels are compiled and libraries set themselves up.
 REHEARSALS = 2

@@ -10,6 +10,7 @@ heads, ``S`` exact slots, ``N`` entries of the middle, ``M`` landmarks, ``D`` he
 """
 
 import contextlib
+import logging
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,6 +29,8 @@ from adms.steady import SteadyCommit
 from adms.step_buffers import FULL, Held, Shared
 from adms.tiers.middle import MiddleTier
 from adms.timeline import ring_tokens
+
+logger = logging.getLogger("adms")
 
 # Passes before a capture, in which kernels are compiled and libraries set themselves up.
 WARMUP_PASSES = 2
@@ -56,6 +59,7 @@ class DecodeStep:
         self.batch = cache.timeline.batch_size
         self.device = self.layers[0].exact.keys.device
         self.fused = self.device.type == "cuda"
+        self.kernel = cache.binding_for_use.kernel
         self.text_positions = not cache.config.enable_pos_shift
         self.anchor_mode = cache.config.anchor_mode
         self.scheme = cache.binding_for_use.kinds[0].scheme
@@ -183,8 +187,7 @@ class DecodeStep:
         # The graph reads their places.
         self.arguments = arguments
         self.graph, self.output = graph, _Output(result)
-        if self.steady is not None:
-            self.steady.capture(graph.pool())
+        self._capture_commit(graph.pool())
 
     def _pass(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         self.shared = self._shared()
@@ -197,6 +200,24 @@ class DecodeStep:
         return result
 
     # --- the commit of steady decoding -----------------------------------------------------------
+
+    def _capture_commit(self, pool: Any) -> None:
+        """Captures it too; where that fails it says so, and commits are made in the general way."""
+        if self.steady is None:
+            return
+        try:
+            self.steady.capture(pool)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if self.kernel == "triton":
+                raise
+            # What a metric or a coder does cannot be known before it is captured.
+            first = str(error).strip().split("\n")[0]
+            logger.warning(
+                "commits are made without a CUDA graph: %s: %s", type(error).__name__, first
+            )
+            self.steady = None
 
     def commit_of(self, before: list[int], after: list[int]) -> SteadyCommit | None:
         """The static commit by which ``evicted`` of all rows turns from ``before`` to ``after``."""

@@ -82,12 +82,14 @@ def test_they_stay_the_same_until_the_oldest_codes_go(made: list[SteadyCommit]) 
     for way in both_ways():
         with way:
             cache = small_cache(model, compressor_type="auto", compressed_budget=64, **CODED)
-            feed(model, random_ids(1, 200), cache)
-            feed(model, random_ids(1, 500, seed=1), cache, 1)
+            for count in (200, 350):
+                feed(model, random_ids(1, count), cache)
+                feed(model, random_ids(1, 90, seed=1), cache, 1)
             caches.append(cache)
     geometry = cache.layers[0].middle.plan.geometry
-    assert geometry.capacity < 600 and 0 < geometry.whole_records < geometry.capacity
-    assert len(made) > 50
+    # Both rings fill while single tokens come.
+    assert 180 < geometry.whole_records < 250 and 620 < 20 + geometry.capacity < 700
+    assert len(made) > 20
     assert_alike(*caches)
 
 
