@@ -61,14 +61,14 @@ class MiddleView:
         num_entries: entries to read.
         positions: ``[R, N]`` float cache positions.
         tokens: ``[R, N]`` text positions (of an entry for several tokens, their mean).
-        valid: ``[R, N]`` booleans, or None where all are.
+        valid: ``[R, N]`` which entries are there.
         order: ``[R, N]`` the entries' numbers from the oldest.
     """
 
     num_entries: int
     positions: torch.Tensor
     tokens: torch.Tensor
-    valid: torch.Tensor | None
+    valid: torch.Tensor
     order: torch.Tensor
 
 
@@ -195,13 +195,8 @@ class Places:
         """Positions per token ``[R, 1]``, 1 unless the room is too small."""
         return self._span / self._wanted.clamp(min=1)
 
-    def middle(self, width: int, *, complete: bool = False) -> MiddleView:
-        """The first ``width`` entries in memory order.
-
-        Args:
-            width: entries; at least as many as any row holds.
-            complete: every row holds as many.
-        """
+    def middle(self, width: int) -> MiddleView:
+        """The first ``width`` entries in memory order, at least as many as any row holds."""
         geometry, sink = self._middle, self.sizes.sink
         block, per_record, records = self._block, self._per_record, self._records
         index = torch.arange(width, device=self.evicted.device)
@@ -231,7 +226,7 @@ class Places:
         positions = sink + (self._old + place) * self._scale
         if self.text_positions:
             positions = sink + tokens
-        valid = None if complete else index < records * per_record
+        valid = index < records * per_record
         return MiddleView(width, positions.float(), sink + tokens, valid, order)
 
     def landmarks(self, tokens: torch.Tensor) -> torch.Tensor:

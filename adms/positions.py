@@ -219,11 +219,15 @@ class ForwardView:
     def middle(self, geometry: MiddleGeometry) -> MiddleView:
         """The middle's entries for layers of this geometry."""
         if geometry not in self._middles:
-            counts = [
-                geometry.num_entries(self.timeline.middle_tokens(row)) for row in range(self.rows)
-            ]
-            width = max(counts)
-            self._middles[geometry] = self.places(geometry).middle(
-                width, complete=min(counts) == width
-            )
+            width = max(self._entries(geometry))
+            self._middles[geometry] = self.places(geometry).middle(width)
         return self._middles[geometry]
+
+    def middle_valid(self, geometry: MiddleGeometry) -> torch.Tensor | None:
+        """Which of them are there ``[B, N]``; None: all, which the host knows."""
+        entries = self._entries(geometry)
+        return None if min(entries) == max(entries) else self.middle(geometry).valid
+
+    def _entries(self, geometry: MiddleGeometry) -> list[int]:
+        totals = [self.timeline.middle_tokens(row) for row in range(self.rows)]
+        return [geometry.num_entries(total) for total in totals]

@@ -9,10 +9,9 @@ Shapes: ``L`` layers, ``B`` rows, ``R`` rows or 1 where all rows agree, ``H`` qu
 heads, ``S`` exact slots, ``N`` entries of the middle, ``M`` landmarks, ``D`` head size.
 """
 
-import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,9 +25,9 @@ from adms.layer import ADMSLayer
 from adms.places import Places
 from adms.positions import ForwardView
 from adms.steady import SteadyCommit
-from adms.step_buffers import FULL, Held, Shared
+from adms.step_buffers import FULL, Held, Shared, hold
+from adms.step_capture import Output, compiled_layers
 from adms.tiers.middle import MiddleTier
-from adms.timeline import ring_tokens
 
 logger = logging.getLogger("adms")
 
@@ -38,8 +37,6 @@ WARMUP_PASSES = 2
 BACKEND: str | None = "inductor"
 # Where the commit of steady decoding is static too. A CPU would only do more work.
 STEADY_DEVICES = ("cuda",)
-# Compiled forms of one kind of layer, over all captures of a process.
-MOST_CAPTURED_LAYERS = 2**16
 Tables = tuple[CodeTables | None, CodeTables | None]
 
 
@@ -164,7 +161,7 @@ class DecodeStep:
     ) -> None:
         """Captures the pass; where nothing can be captured, runs it."""
         if self.device.type != "cuda":
-            self.output = _Output(self._pass(forward, arguments))
+            self.output = Output(self._pass(forward, arguments))
             return
         if self.held is None:
             raise RuntimeError("a capture before its buffers")
@@ -172,7 +169,7 @@ class DecodeStep:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
-        with _compiled_layers(self.decoder()):
+        with compiled_layers(self.decoder(), BACKEND):
             with torch.cuda.stream(side):
                 for _ in range(WARMUP_PASSES):
                     # The next slot may hold a token that is still read.
@@ -186,7 +183,7 @@ class DecodeStep:
         self.held.seen.copy_(seen)
         # The graph reads their places.
         self.arguments = arguments
-        self.graph, self.output = graph, _Output(result)
+        self.graph, self.output = graph, Output(result)
         self._capture_commit(graph.pool())
 
     def _pass(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
@@ -237,7 +234,7 @@ class DecodeStep:
                 totals = [FULL if self.phase == "coded" else geometry.raw_tokens]
             width = max(geometry.num_entries(total) for total in totals)
         places = view.places(None if middle is None else middle.plan.geometry)
-        return self._held_at(view.seen.clone(), view.evicted.clone(), places, width)
+        return hold(places, view.seen.clone(), view.evicted.clone(), width, self._marks)
 
     def renew(self) -> None:
         """Works out anew what follows from the counts ``seen`` and ``evicted`` that are held."""
@@ -251,37 +248,15 @@ class DecodeStep:
             text_positions=self.text_positions,
             anchor_mode=self.anchor_mode,
         )
-        held.take(self._held_at(held.seen, held.evicted, places, held.valid.shape[1]))
+        held.take(hold(places, held.seen, held.evicted, held.valid.shape[1], self._marks))
 
-    def _held_at(
-        self, seen: torch.Tensor, evicted: torch.Tensor, places: Places, width: int
-    ) -> Held:
-        """From counts on the device, by the same rules as any other pass."""
-        sizes, middle = places.sizes, self.layers[0].middle
-        sinks = torch.arange(sizes.sink, device=self.device).expand(len(evicted), -1)
-        tokens = torch.cat([sinks, ring_tokens(evicted + sizes.ring, sizes.ring)], dim=1)
-        filled = torch.ones_like(tokens[:, sizes.sink :]).bool()
-        kept = torch.cat([sinks < evicted[:, None], filled], dim=1)
-        held = Held(seen, evicted, tokens, kept, places.exact(tokens))
-        if middle is None or not width:
-            return held
-        found = places.middle(width)
-        held.valid = found.valid
-        shown = torch.where(held.valid, found.positions, 0)
-        held.positions = torch.cat([held.positions, shown], dim=1)
-        held.order = torch.where(held.valid, found.order, -1).to(torch.int32)
-        if self.phase == "coded" and middle.plan.geometry.landmarks:
-            # The same in all layers, which choose them together.
-            marked = middle.landmark_tokens()
-            held.mark_positions = places.landmarks(marked)
-            held.mark_valid = marked >= 0
-            # Counted from the oldest token that has a code, which stays exact however long the
-            # stream.
-            hidden = torch.where(held.mark_valid, marked - places.first, -1).clamp(min=-1)
-            if middle.plan.geometry.entries_per_record != middle.plan.geometry.block_tokens:
-                hidden = torch.full_like(hidden, -1)
-            held.hidden = hidden.to(torch.int32)
-        return held
+    @property
+    def _marks(self) -> torch.Tensor | None:
+        """Text positions ``[B, M]`` of landmarks, the same in all layers."""
+        middle = self.layers[0].middle
+        if middle is None or self.phase != "coded" or not middle.plan.geometry.landmarks:
+            return None
+        return middle.landmark_tokens()
 
     def _hold_tables(self) -> None:
         """How codes are read, which follows from headers alone: once, and when rows change."""
@@ -426,54 +401,6 @@ def _(
 ) -> torch.Tensor:
     rows, heads, count, size = query.shape
     return query.new_empty(rows, count, heads, size)
-
-
-class _Output:
-    """Makes the decoder's output anew for every pass, from the place where it is written."""
-
-    def __init__(self, result: Any) -> None:
-        self.made = type(result)
-        self.is_tuple = isinstance(result, tuple)
-        self.hidden: torch.Tensor = result[0]
-        self.cache = None if self.is_tuple else result.get("past_key_values")
-        self.rest = result[1:] if self.is_tuple else ()
-
-    def __call__(self) -> Any:
-        # A caller may keep it beyond the next pass.
-        hidden = self.hidden.clone()
-        if self.is_tuple:
-            return (hidden, *self.rest)
-        return self.made(last_hidden_state=hidden, past_key_values=self.cache)
-
-
-@contextlib.contextmanager
-def _compiled_layers(decoder: Any) -> Iterator[None]:
-    """Has every layer of a decoder compiled on its own while the block runs.
-
-    Compiled together they take as many times longer as there are layers; apart, the compiler finds
-    the code of the first one in its cache again.
-    """
-    if BACKEND is None or decoder is None:
-        yield
-        return
-    before = [layer.__dict__.get("forward") for layer in decoder.layers]
-    try:
-        for layer in decoder.layers:
-            layer.forward = torch.compile(
-                layer.forward, backend=BACKEND, fullgraph=True, dynamic=False
-            )
-        # The layers of all models of a kind share one function, and each capture of each layer has
-        # its own entry there, which is used once.
-        with torch._dynamo.config.patch(
-            recompile_limit=MOST_CAPTURED_LAYERS, accumulated_recompile_limit=MOST_CAPTURED_LAYERS
-        ):
-            yield
-    finally:
-        for layer, own in zip(decoder.layers, before, strict=True):
-            if own is None:
-                del layer.forward
-            else:
-                layer.forward = own
 
 
 def phase_of(middle: MiddleTier | None, total: int) -> str:

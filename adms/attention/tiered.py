@@ -213,7 +213,7 @@ def _middle_parts(
     if entries is None:
         return []
     middle = view.middle(geometry)
-    known = middle.valid
+    known = view.middle_valid(geometry)
     if view.forgotten is not None:
         remembered = middle.tokens >= view.forgotten[:, None]
         known = remembered if known is None else known & remembered
