@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from adms.budget import ranks
 from adms.config import Sizes
 
 
@@ -242,7 +243,7 @@ class Places:
         span = self._old.to(device) * scale
         among_codes = sink + span + (tokens - first) * scale
         is_old = (tokens >= 0) & (tokens < first)
-        rank = torch.where(is_old, tokens, 2**40).argsort(1).argsort(1).float()
+        rank = ranks(torch.where(is_old, tokens, 2**40).argsort(1)).float()
         count = is_old.sum(1, keepdim=True).clamp(min=1)
         by_grid = (rank + 0.5) / count
         by_mean = (tokens - sink + 0.5) / (first - sink).clamp(min=1)

@@ -98,8 +98,8 @@ def test_kernels_compile_for_hopper(
 def test_the_search_for_codewords_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     from adms.kernels import codewords_triton as host
 
-    recorder = Recorder(host.assign_codes)
-    monkeypatch.setattr(host, "assign_codes", recorder)
+    recorder = Recorder(host.kernels.assign_codes)
+    monkeypatch.setattr(host.kernels, "assign_codes", recorder)
     stages = torch.ones(1, 2, dtype=torch.int64)
     host.fused_assign(draw(1, 2, 4, 8, seed=0), stages, stages)
     assert recorder.calls == 1
