@@ -24,6 +24,7 @@ from adms.kernels.parts import CodedPart, ExactPart, is_among
 from adms.layer import ADMSLayer
 from adms.places import Places
 from adms.positions import ForwardView
+from adms.stack import tensors_of
 from adms.steady import SteadyCommit
 from adms.step_buffers import FULL, Held, Shared, hold
 from adms.step_capture import Output, compiled_layers
@@ -64,7 +65,8 @@ class DecodeStep:
         if embedding is not None:
             # Copied when the model was enabled, which may have moved since.
             embedding.to(self.device)
-        self.pointers = _pointers(self.layers)
+        # What is given up elsewhere is not held here.
+        self.tiers = [weakref.ref(part) for part in _tiers(self.layers)]
         self.indices = {
             layer.exact.keys.data_ptr(): index
             for index, layer in enumerate(self.layers)
@@ -95,7 +97,9 @@ class DecodeStep:
 
     def fits(self, cache: ADMSKVCache) -> bool:
         """Whether the tiers are still where they were."""
-        return self.pointers == _pointers(cache.layers)
+        found = _tiers(cache.layers)
+        same = all(own() is part for own, part in zip(self.tiers, found, strict=False))
+        return same and len(found) == len(self.tiers)
 
     def tensors(self) -> list[torch.Tensor]:
         """Everything that is kept between passes."""
@@ -410,11 +414,7 @@ def phase_of(middle: MiddleTier | None, total: int) -> str:
     return "coded" if middle.plan.geometry.is_coded(total) else "exact"
 
 
-def _pointers(layers: list[Any]) -> tuple[int, ...]:
-    """Where the tiers lie."""
-    places = []
-    for layer in layers:
-        if isinstance(layer, ADMSLayer) and layer.exact is not None:
-            places += [layer.exact.keys.data_ptr(), layer.exact.values.data_ptr()]
-            places.append(0 if layer.middle is None else layer.middle.arena.data_ptr())
-    return tuple(places)
+def _tiers(layers: list[Any]) -> list[torch.Tensor]:
+    """Keys, values and bytes of every layer that has tiers."""
+    own = [layer for layer in layers if isinstance(layer, ADMSLayer) and layer.exact is not None]
+    return [part for layer in own for part in tensors_of(layer)]
