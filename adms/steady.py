@@ -16,6 +16,7 @@ import torch
 
 from adms.commit import Work, settle_landmarks, stacks_of
 from adms.entries import Entries
+from adms.step_capture import rehearsal_stream
 from adms.tiers.exact import at_slots
 from adms.tiers.undo import Undo
 from adms.timeline import Timeline
@@ -131,7 +132,7 @@ class SteadyCommit:
         Args:
             pool: the memory of the step's graph, which never runs at the same time.
         """
-        side = torch.cuda.Stream()
+        side = rehearsal_stream(self.step.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(REHEARSALS):

@@ -27,7 +27,7 @@ from adms.positions import ForwardView
 from adms.stack import tensors_of
 from adms.steady import SteadyCommit
 from adms.step_buffers import FULL, Held, Shared, hold
-from adms.step_capture import Output, compiled_layers
+from adms.step_capture import Output, compiled_layers, rehearsal_stream
 from adms.tiers.middle import MiddleTier
 
 logger = logging.getLogger("adms")
@@ -170,7 +170,7 @@ class DecodeStep:
         if self.held is None:
             raise RuntimeError("a capture before its buffers")
         seen = self.held.seen.clone()
-        side = torch.cuda.Stream()
+        side = rehearsal_stream(self.device)
         side.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         with compiled_layers(self.decoder(), BACKEND):

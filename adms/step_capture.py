@@ -1,6 +1,7 @@
 """What the capture of a static pass needs: layers compiled one by one, and outputs made anew."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,12 @@ import torch
 
 # Compiled forms of one kind of layer, over all captures of a process.
 MOST_CAPTURED_LAYERS = 2**16
+
+
+@functools.cache
+def rehearsal_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where passes run before they are captured: one for all, as cuBLAS keeps 32 MiB for each."""
+    return torch.cuda.Stream(device)
 
 
 class Output:

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-import adms.decode
+import adms.commit
+import adms.compressors.low_rank
 import adms.step
 from adms import ADMSKVCache
 from adms.errors import ADMSValueError
 from adms.steady import SteadyCommit
 from tests.streams import feed, random_ids, small_cache, tiny_llama
-from tests.test_commit import assert_alike
+from tests.test_commit import Kernels, assert_alike
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CODED: dict[str, Any] = {"recent_size": 24, "compression_interval": 8}
@@ -183,6 +184,44 @@ def test_another_way_of_committing_in_between(made: list[SteadyCommit]) -> None:
     assert_alike(*caches)
     for own, other in zip(*logits, strict=True):
         assert torch.equal(own, other)
+
+
+def kernels_of(layers: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Operations of a static commit that are no views."""
+    model = tiny_llama(layers=layers, trained=2048)
+    cache = small_cache(model, **CODED)
+    feed(model, random_ids(1, 400), cache)
+    counted = Kernels()
+    for name in ("prepare", "apply"):
+        real = getattr(SteadyCommit, name)
+
+        def counting(self: SteadyCommit, real: Any = real) -> None:
+            with counted:
+                real(self)
+
+        monkeypatch.setattr(SteadyCommit, name, counting)
+    feed(model, random_ids(1, 8, seed=1), cache, 1)
+    # Nothing comes from the host or waits for the device, or it could not be captured.
+    assert not counted.found["_local_scalar_dense.default"]
+    return counted.found.total()
+
+
+def test_a_commit_takes_as_many_operations_for_any_number_of_layers(
+    made: list[SteadyCommit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adms.commit, "TOKENS_TOGETHER", 10**6)
+    # The search for codewords is one kernel where commits are captured.
+    monkeypatch.setattr(adms.compressors.low_rank, "assign", one_kernel)
+    with pytest.MonkeyPatch.context() as patch:
+        few = kernels_of(2, patch)
+    with pytest.MonkeyPatch.context() as patch:
+        many = kernels_of(12, patch)
+    assert few == many <= 330
+
+
+def one_kernel(vectors: torch.Tensor, kept: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
+    rows, groups, count, _ = vectors.shape
+    return torch.zeros(rows, 6, groups, count, dtype=torch.uint8)
 
 
 @CUDA
