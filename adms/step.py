@@ -3,7 +3,7 @@
 Between two commits nothing changes but the token in flight. What follows from the counts of the
 commit (positions, validity, which codes landmarks hide) is worked out once after it; the step
 itself reads whole buffers under masks and derives its slot and its mask from a counter on the
-device. Compression stays outside.
+device. Compression stays outside; once it is the same every time, it is as static (``steady``).
 
 Shapes: ``L`` layers, ``B`` rows, ``R`` rows or 1 where all rows agree, ``H`` query heads, ``K`` KV
 heads, ``S`` exact slots, ``N`` entries of the middle, ``M`` landmarks, ``D`` head size.
