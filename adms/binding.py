@@ -19,7 +19,7 @@ from adms.entries import TokenShape
 from adms.errors import CacheStateError
 from adms.importance import Metric
 from adms.kernels import Kernel
-from adms.positions import MiddleGeometry
+from adms.places import MiddleGeometry
 from adms.ranks import ALONE, Ranks
 from adms.tiers.head_landmarks import HeadLandmarkStore
 from adms.tiers.landmarks import ALIGNMENT, LandmarkStore, aligned

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from adms.attention.merged import attend_in_two, causal_bias
-from adms.attention.tiered import landmark_positions
 from adms.binding import PositionScheme
 from adms.cache import ADMSKVCache
 from adms.entries import Entries
 from adms.kernels.states import decodes_by_kernel
 from adms.layer import ADMSLayer
-from adms.positions import ForwardView, MiddleGeometry
+from adms.places import MiddleGeometry
+from adms.positions import ForwardView
 from adms.stack import run_of
 from adms.tiers.head_landmarks import HeadLandmarkStore
 from adms.tiers.middle import MiddleTier
@@ -205,10 +205,9 @@ def _make_places(
             # The same in all layers, which choose them together.
             marks = layer.middle.landmark_tokens().to(view.device)
             there = marks >= 0
-            positions.append(landmark_positions(marks, middle, view))
+            positions.append(view.places(geometry).landmarks(marks))
             hidden = middle.tokens[:, :, None] == torch.where(there, marks, -1)[:, None]
-            seen = ~hidden.any(2) if seen is None else seen & ~hidden.any(2)
-            shown += [seen, there]
+            shown += [seen & ~hidden.any(2), there]
         else:
             shown.append(seen)
     rows = max(part.shape[0] for part in [*positions, *shown] if part is not None)
