@@ -295,7 +295,9 @@ class DecodeStep:
             fused_write_token(key, value, exact.keys, exact.values, shared.slots, flag)
         else:
             write_token(key, value, exact.keys, exact.values, shared.slots, flag)
-        parts = [ExactPart(exact.keys, exact.values, *shared.exact, shared.valid)]
+        # Slots start as zeros, and what is not finite never stays in one.
+        ring = ExactPart(exact.keys, exact.values, *shared.exact, shared.valid, is_finite=True)
+        parts = [ring]
         coded: list[CodedPart] = []
         if layer.middle is not None and self.phase != "empty":
             tables = self.tables[index] if self.tables else (None, None)
