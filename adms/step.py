@@ -210,7 +210,7 @@ class DecodeStep:
         found = [layer.middle.tables() for layer in self.layers if layer.middle is not None]
         if not self.fused:
             # The twin reads what there is and no more.
-            found = [tuple(one and one.trimmed() for one in tables) for tables in found]
+            found = [(one and one.trimmed(), mark and mark.trimmed()) for one, mark in found]
         if not self.tables or not self.fused:
             self.tables = found
             self.moved = False

@@ -18,12 +18,13 @@ Parts (``--only``, by default those that fit the device):
 
 The folder holds ``config.json``, ``environment.json``, ``rows.csv``, ``report.md`` and ``plots/``;
 it is written anew after every part, so that a run that is cut short keeps what it has. Far
-positions are reached by advancing a cache's counts. Random directions take the place of a fitted
-code: times do not depend on them.
+positions are reached by advancing a cache's counts. ``smollm2`` has its own weights and code and
+reads a text; other models are random, with random directions in place of a fitted code.
 """
 
 import argparse
 import gc
+import pydoc_data.topics
 import time
 from pathlib import Path
 
@@ -32,7 +33,8 @@ import torch
 from adms import ADMSConfig
 from adms.evaluation.latency import METHODS, measure_all, random_llama
 from adms.evaluation.models import SMOLLM2, load_model
-from adms.evaluation.speed_parts import PARTS, Bench, Goal
+from adms.evaluation.speed_bench import Bench, Goal
+from adms.evaluation.speed_parts import PARTS
 from adms.evaluation.speed_report import SpeedReport
 from adms.kernels import KERNELS
 
@@ -82,10 +84,12 @@ def main() -> None:
     arguments = parse()
     device = torch.device(arguments.device)
     report = SpeedReport(arguments.output, vars(arguments))
-    start = time.perf_counter()
+    start, text = time.perf_counter(), None
     if arguments.model == SMOLLM2:
-        model = load_model(SMOLLM2, arguments.dtype, device)[0]
+        model, tokenizer = load_model(SMOLLM2, arguments.dtype, device)
         model.generation_config.eos_token_id = None
+        words = "\n\n".join(pydoc_data.topics.topics.values())[:20_000]
+        text = tokenizer(words, return_tensors="pt")["input_ids"]
     else:
         model = random_llama(arguments.model, device, getattr(torch, arguments.dtype))
     config = ADMSConfig(
@@ -106,6 +110,8 @@ def main() -> None:
         context_batch=arguments.context_batch,
         prompt=arguments.prompt,
         chunks=tuple(arguments.chunks),
+        ids=text,
+        random_code=text is None,
     )
     for name in arguments.parts:
         goals: list[Goal] = []
@@ -120,7 +126,7 @@ def main() -> None:
                     positions=arguments.positions or [2048],
                     tokens=arguments.tokens,
                     kernel=arguments.kernel,
-                    random_code=True,
+                    random_code=bench.random_code,
                     on_row=report.show,
                 ),
             )

@@ -187,15 +187,26 @@ def fill_tensors(model: PreTrainedModel, cache: Any, rows: int, position: int) -
 
 
 @torch.no_grad()
-def fill_bounded(model: PreTrainedModel, cache: ADMSKVCache, rows: int, position: int) -> float:
+def fill_bounded(
+    model: PreTrainedModel,
+    cache: ADMSKVCache,
+    rows: int,
+    position: int,
+    text: torch.Tensor | None = None,
+) -> float:
     """Reads as much as fills the exact tiers and starts coding, then advances the counts.
+
+    ``text`` ``[1, N]`` is read, over and over; None: random tokens.
 
     Returns:
         Tokens a second while reading.
     """
     sizes = cache.sizes
     reading = min(position, sizes.sink + sizes.ring + sizes.budget + 2 * sizes.chunk)
-    ids = torch.randint(3, 90, (rows, reading), device=model.device)
+    if text is None:
+        ids = torch.randint(3, 90, (rows, reading), device=model.device)
+    else:
+        ids = text.repeat(rows, -(-reading // text.shape[1]))[:, :reading].to(model.device)
     settle(model.device)
     start = time.perf_counter()
     model(ids, past_key_values=cache, logits_to_keep=1)

@@ -13,7 +13,7 @@ from adms.evaluation.run_folder import (
     write_atomic,
     write_json,
 )
-from adms.evaluation.speed_parts import Goal
+from adms.evaluation.speed_bench import Goal
 
 MIB = 2**20
 # Columns of a report: name of the figure, heading, divisor, digits after the point.

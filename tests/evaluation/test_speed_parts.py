@@ -7,7 +7,8 @@ import torch
 
 from adms import ADMSConfig
 from adms.evaluation.latency import random_llama
-from adms.evaluation.speed_parts import PARTS, Bench, Goal, crossing
+from adms.evaluation.speed_bench import Bench, Goal
+from adms.evaluation.speed_parts import PARTS, crossing
 from adms.evaluation.speed_report import SpeedReport
 
 CONFIG = ADMSConfig(start_size=4, recent_size=64, compressed_budget=160)
