@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from adms.compressors.tables import Projection
+from adms.entries import all_finite
 from adms.kernels.parts import CodedPart, ExactPart, channels_of, gains_of, restore
 
 
@@ -164,9 +165,7 @@ def write_token(
         rows = torch.arange(key.shape[0], device=key.device)
         keys[rows, :, slots] = key[:, :, 0]
         values[rows, :, slots] = value[:, :, 0]
-    # Only what is finite is nothing times zero.
-    nothing = torch.cat([key, value], dim=3).mul_(0).sum()
-    flag.copy_(nothing.isnan())
+    flag.copy_(~all_finite(key, value))
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
