@@ -25,7 +25,10 @@ reads a text; other models are random, with random directions in place of a fitt
 import argparse
 import gc
 import pydoc_data.topics
+import sys
 import time
+import traceback
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -33,7 +36,8 @@ import torch
 from adms import ADMSConfig
 from adms.evaluation.latency import METHODS, measure_all, random_llama
 from adms.evaluation.models import SMOLLM2, load_model
-from adms.evaluation.speed_bench import Bench, Goal
+from adms.evaluation.run_folder import Row
+from adms.evaluation.speed_bench import Bench
 from adms.evaluation.speed_parts import PARTS
 from adms.evaluation.speed_report import SpeedReport
 from adms.kernels import KERNELS
@@ -80,6 +84,22 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
+def parts_rows(name: str, arguments: argparse.Namespace, bench: Bench) -> Iterable[Row]:
+    """The rows of a part, as they come."""
+    if name in PARTS:
+        return PARTS[name].rows(bench)
+    return measure_all(
+        bench.model,
+        arguments.methods.split(","),
+        bench.config,
+        batches=arguments.batches,
+        positions=arguments.positions or [2048],
+        tokens=arguments.tokens,
+        kernel=arguments.kernel,
+        random_code=bench.random_code,
+    )
+
+
 def main() -> None:
     arguments = parse()
     device = torch.device(arguments.device)
@@ -113,32 +133,25 @@ def main() -> None:
         ids=text,
         random_code=text is None,
     )
+    failed = []
     for name in arguments.parts:
-        goals: list[Goal] = []
-        if name == SWEEP:
-            title, rows = (
-                "Sweep",
-                measure_all(
-                    model,
-                    arguments.methods.split(","),
-                    config,
-                    batches=arguments.batches,
-                    positions=arguments.positions or [2048],
-                    tokens=arguments.tokens,
-                    kernel=arguments.kernel,
-                    random_code=bench.random_code,
-                    on_row=report.show,
-                ),
-            )
-        else:
-            part = PARTS[name]
-            title, rows = part.title, []
-            for row in part.rows(bench):
+        rows: list[Row] = []
+        try:
+            for row in parts_rows(name, arguments, bench):
                 report.show(row)
                 rows.append(row)
-            goals = part.goals(bench, rows)
-        report.add(name, title, rows, goals)
+        except Exception:
+            # Said, counted below, and no reason to lose the parts that follow.
+            traceback.print_exc()
+            failed.append(name)
+        finally:
+            # Also where the run is cut short.
+            title = PARTS[name].title if name in PARTS else "Sweep"
+            goals = PARTS[name].goals(bench, rows) if name in PARTS else []
+            report.add(name, title, rows, goals)
     print(f"{time.perf_counter() - start:.0f} s in all", flush=True)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

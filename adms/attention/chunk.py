@@ -21,6 +21,7 @@ from adms.attention.tiered import landmark_positions
 from adms.binding import PositionScheme
 from adms.cache import ADMSKVCache
 from adms.entries import Entries
+from adms.kernels.states import decodes_by_kernel
 from adms.layer import ADMSLayer
 from adms.positions import ForwardView, MiddleGeometry
 from adms.stack import run_of
@@ -247,7 +248,8 @@ def _read(
     parts = [Entries(*(_beside(part[..., start:stop, :]) for part in stack.exact.tensors()))]
     totals = _totals(cache)
     if stack.reader is not None and any(totals):
-        parts += _of_middle(stack.reader, totals * len(stack.layers), len(stack.layers))
+        by_kernel = decodes_by_kernel(cache.binding_for_use.kernel, query)
+        parts += _of_middle(stack.reader, totals, len(stack.layers), by_kernel)
     keys = torch.cat([part.keys for part in parts], dim=2) if len(parts) > 1 else parts[0].keys
     values = torch.cat([part.values for part in parts], dim=2)
     places = _places(cache, layer, scheme, view, query)
@@ -265,15 +267,19 @@ def _most(cache: ADMSKVCache, layer: ADMSLayer) -> int:
     return max(1, room // (4 * rows * heads * entries * (size + layer.exact.values.shape[3])))
 
 
-def _of_middle(reader: MiddleTier, totals: list[int], layers: int) -> list[Entries]:
+def _of_middle(
+    reader: MiddleTier, totals: list[int], layers: int, by_kernel: bool
+) -> list[Entries]:
     """The middle's entries and landmarks of several layers."""
-    entries = reader.read(totals)
+    geometry, of_layers = reader.plan.geometry, totals * layers
+    coded = geometry.is_coded(totals[0])
+    whole, fine = reader.tables() if by_kernel and coded else (None, None)
+    entries = reader.read(of_layers, whole)
     if entries is None:
         return []
     found = [entries]
-    geometry = reader.plan.geometry
-    if geometry.landmarks and geometry.is_coded(totals[0]):
-        found.append(reader.landmarks(totals)[0])
+    if geometry.landmarks and coded:
+        found.append(reader.landmarks(of_layers, fine)[0])
     return [
         Entries(
             *(

@@ -241,20 +241,16 @@ class SharedBasis(Basis):
     def projection(self, parts: list[torch.Tensor], gain_start: int) -> Projection:
         """Each row's choice of the shared directions."""
         mean, order, deviation = (part.unflatten(1, (self.blocks, -1)) for part in parts)
-        if len(self.calibrations) > 1:
-            raise RuntimeError("kernels read one layer at a time")
-        tensors = self.calibrations[0].on(mean.device)
-        weight = tensors.get(f"{self.name}_weight")
-        return Projection(
-            tensors[f"{self.name}_basis"][None],
-            tensors[f"{self.name}_scale"][None],
-            deviation,
-            mean,
-            gain_start,
-            0,
-            rows=order,
-            weight=None if weight is None else weight[None],
-        )
+        basis, scale = self._part("basis", mean.device), self._part("scale", mean.device)
+        weight = self._part("weight", mean.device)
+        if basis is None or scale is None:
+            raise RuntimeError("a calibration without a basis")
+        if len(self.calibrations) > 1 and len(mean) > len(self.calibrations):
+            # Each row has its layer's own.
+            repeats = len(mean) // len(self.calibrations)
+            basis, scale = basis.repeat_interleave(repeats, 0), scale.repeat_interleave(repeats, 0)
+            weight = None if weight is None else weight.repeat_interleave(repeats, 0)
+        return Projection(basis, scale, deviation, mean, gain_start, 0, rows=order, weight=weight)
 
 
 def _deviation(channels: torch.Tensor) -> torch.Tensor:

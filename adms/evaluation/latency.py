@@ -10,7 +10,7 @@ import dataclasses
 import gc
 import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -363,18 +363,16 @@ def measure_all(
     tokens: int,
     kernel: Kernel = "auto",
     random_code: bool = False,
-    on_row: Callable[[Row], None] | None = None,
-) -> list[Row]:
+) -> Iterator[Row]:
     """Every method at every position (batch of the first) and every batch (at the first position).
 
     A cache that grows is measured up to the longest position that fits.
     """
     cases = [(batches[0], position) for position in positions]
     cases += [(batch, positions[0]) for batch in batches[1:]]
-    rows = []
     for method in methods:
         for batch, position in cases:
-            row = measure(
+            yield measure(
                 model,
                 method,
                 config,
@@ -384,7 +382,3 @@ def measure_all(
                 kernel=kernel,
                 random_code=random_code,
             )
-            rows.append(row)
-            if on_row is not None:
-                on_row(row)
-    return rows

@@ -105,8 +105,11 @@ def command_line() -> str:
         # `python -m adms.cli`, which is the command adms.
         name = program.parent.parent.name
     elif name.endswith(".py"):
-        package = "adms" in program.parts and program.parent.name == "evaluation"
-        name = f"python -m adms.evaluation.{program.stem}" if package else f"python {name}"
+        folder = program.parent.name
+        package = "adms" in program.parts and folder == "evaluation"
+        # A checkout's scripts are run from its root.
+        place = f"{folder}/{name}" if folder in ("scripts", "examples") else name
+        name = f"python -m adms.evaluation.{program.stem}" if package else f"python {place}"
     return " ".join([name, *map(shlex.quote, sys.argv[1:])])
 
 

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from adms import enable_streaming_llm
 from adms.attention import chunk, window
 from adms.attention.merged import attend_in_two, causal_bias, partial, plain_partial
+from tests.kernels.material import DEVICE, RUNS_TRITON
 from tests.streams import feed, random_ids, small_cache, tiny_llama
 
 
@@ -96,6 +97,22 @@ def run(model: Any, ids: torch.Tensor, monkeypatch: Any, **changes: Any) -> list
             results.append(feed(model, ids, cache))
             assert cache.nbytes <= cache.max_nbytes
     return results
+
+
+@pytest.mark.skipif(not RUNS_TRITON or DEVICE != "cpu", reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("compressor", ["low_rank", "quantized"])
+def test_the_kernel_decodes_several_layers(
+    compressor: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny_llama(layers=3, trained=2048), random_ids(rows, 300)
+    monkeypatch.setitem(chunk.READ_AHEAD_BYTES, "cpu", 2**30)
+    found = []
+    for by_kernel in (False, True):
+        monkeypatch.setattr(chunk, "decodes_by_kernel", lambda *_, use=by_kernel: use)
+        cache = small_cache(model, prefill_chunk_size=60, compressor_type=compressor)
+        found.append(feed(model, ids, cache))
+    assert_close(found[1], found[0], atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
