@@ -65,13 +65,14 @@ def compiled_layers(decoder: Any, attend: Callable[..., torch.Tensor]) -> Iterat
         decoder: with ``layers``; None does nothing.
         attend: a layer's attention, which gets its number before what ``step_attention`` gets.
     """
-    if BACKEND is None or decoder is None:
+    backend = BACKEND
+    if backend is None or decoder is None:
         yield
         return
     before = [layer.__dict__.get("forward") for layer in decoder.layers]
     try:
         for index, layer in enumerate(decoder.layers):
-            layer.forward = _compiled(layer, functools.partial(attend, index))
+            layer.forward = _compiled(layer, backend, functools.partial(attend, index))
         with torch._dynamo.config.patch(
             recompile_limit=MOST_FORMS, accumulated_recompile_limit=MOST_FORMS
         ):
@@ -84,9 +85,11 @@ def compiled_layers(decoder: Any, attend: Callable[..., torch.Tensor]) -> Iterat
                 layer.forward = own
 
 
-def _compiled(layer: nn.Module, attend: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+def _compiled(
+    layer: nn.Module, backend: str, attend: Callable[..., torch.Tensor]
+) -> Callable[..., Any]:
     """A layer's forward, compiled; all layers of a class share what was compiled."""
-    compiled = torch.compile(layer.forward, backend=BACKEND, fullgraph=True, dynamic=False)
+    compiled = torch.compile(layer.forward, backend=backend, fullgraph=True, dynamic=False)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         _RUNNING.attend = attend

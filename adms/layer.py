@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from adms.entries import Entries, TokenShape
+from adms.entries import Entries, TokenShape, all_finite
 from adms.errors import ADMSValueError
 from adms.positions import ForwardView
 from adms.tiers.exact import ExactTier
@@ -74,7 +74,7 @@ class ADMSLayer(CacheLayerMixin):
             raise RuntimeError("lazy_initialization left the layer without tiers")
         self.require_alike(self.exact, key_states, value_states)
         if view.in_ring:
-            self.finite = torch.isfinite(key_states).all() & torch.isfinite(value_states).all()
+            self.finite = all_finite(key_states, value_states)
             rows, slots = self.cache.in_flight_on(key_states.device)
             self.exact.write_in_flight(key_states, value_states, rows, slots)
         else:

@@ -261,7 +261,7 @@ class DecodeStep:
         found = [layer.middle.tables() for layer in self.layers if layer.middle is not None]
         if not self.fused:
             # The twin reads what there is and no more.
-            found = [tuple(one and one.trimmed() for one in tables) for tables in found]
+            found = [(one and one.trimmed(), mark and mark.trimmed()) for one, mark in found]
         if not self.tables or not self.fused:
             self.tables = found
             self.moved = False
@@ -327,7 +327,9 @@ class DecodeStep:
             fused_write_token(key, value, exact.keys, exact.values, shared.slots, flag)
         else:
             write_token(key, value, exact.keys, exact.values, shared.slots, flag)
-        parts = [ExactPart(exact.keys, exact.values, *shared.exact, shared.valid)]
+        # Slots start as zeros, and what is not finite never stays in one.
+        ring = ExactPart(exact.keys, exact.values, *shared.exact, shared.valid, is_finite=True)
+        parts = [ring]
         coded: list[CodedPart] = []
         if layer.middle is not None and self.phase != "empty":
             tables = self.tables[index] if self.tables else (None, None)

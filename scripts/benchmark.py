@@ -18,13 +18,17 @@ Parts (``--only``, by default those that fit the device):
 
 The folder holds ``config.json``, ``environment.json``, ``rows.csv``, ``report.md`` and ``plots/``;
 it is written anew after every part, so that a run that is cut short keeps what it has. Far
-positions are reached by advancing a cache's counts. Random directions take the place of a fitted
-code: times do not depend on them.
+positions are reached by advancing a cache's counts. ``smollm2`` has its own weights and code and
+reads a text; other models are random, with random directions in place of a fitted code.
 """
 
 import argparse
 import gc
+import pydoc_data.topics
+import sys
 import time
+import traceback
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -32,7 +36,9 @@ import torch
 from adms import ADMSConfig
 from adms.evaluation.latency import METHODS, measure_all, random_llama
 from adms.evaluation.models import SMOLLM2, load_model
-from adms.evaluation.speed_parts import PARTS, Bench, Goal
+from adms.evaluation.run_folder import Row
+from adms.evaluation.speed_bench import Bench
+from adms.evaluation.speed_parts import PARTS
 from adms.evaluation.speed_report import SpeedReport
 from adms.kernels import KERNELS
 
@@ -78,14 +84,32 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
+def parts_rows(name: str, arguments: argparse.Namespace, bench: Bench) -> Iterable[Row]:
+    """The rows of a part, as they come."""
+    if name in PARTS:
+        return PARTS[name].rows(bench)
+    return measure_all(
+        bench.model,
+        arguments.methods.split(","),
+        bench.config,
+        batches=arguments.batches,
+        positions=arguments.positions or [2048],
+        tokens=arguments.tokens,
+        kernel=arguments.kernel,
+        random_code=bench.random_code,
+    )
+
+
 def main() -> None:
     arguments = parse()
     device = torch.device(arguments.device)
     report = SpeedReport(arguments.output, vars(arguments))
-    start = time.perf_counter()
+    start, text = time.perf_counter(), None
     if arguments.model == SMOLLM2:
-        model = load_model(SMOLLM2, arguments.dtype, device)[0]
+        model, tokenizer = load_model(SMOLLM2, arguments.dtype, device)
         model.generation_config.eos_token_id = None
+        words = "\n\n".join(pydoc_data.topics.topics.values())[:20_000]
+        text = tokenizer(words, return_tensors="pt")["input_ids"]
     else:
         model = random_llama(arguments.model, device, getattr(torch, arguments.dtype))
     config = ADMSConfig(
@@ -106,33 +130,28 @@ def main() -> None:
         context_batch=arguments.context_batch,
         prompt=arguments.prompt,
         chunks=tuple(arguments.chunks),
+        ids=text,
+        random_code=text is None,
     )
+    failed = []
     for name in arguments.parts:
-        goals: list[Goal] = []
-        if name == SWEEP:
-            title, rows = (
-                "Sweep",
-                measure_all(
-                    model,
-                    arguments.methods.split(","),
-                    config,
-                    batches=arguments.batches,
-                    positions=arguments.positions or [2048],
-                    tokens=arguments.tokens,
-                    kernel=arguments.kernel,
-                    random_code=True,
-                    on_row=report.show,
-                ),
-            )
-        else:
-            part = PARTS[name]
-            title, rows = part.title, []
-            for row in part.rows(bench):
+        rows: list[Row] = []
+        try:
+            for row in parts_rows(name, arguments, bench):
                 report.show(row)
                 rows.append(row)
-            goals = part.goals(bench, rows)
-        report.add(name, title, rows, goals)
+        except Exception:
+            # Said, counted below, and no reason to lose the parts that follow.
+            traceback.print_exc()
+            failed.append(name)
+        finally:
+            # Also where the run is cut short.
+            title = PARTS[name].title if name in PARTS else "Sweep"
+            goals = PARTS[name].goals(bench, rows) if name in PARTS else []
+            report.add(name, title, rows, goals)
     print(f"{time.perf_counter() - start:.0f} s in all", flush=True)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

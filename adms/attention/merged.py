@@ -81,7 +81,7 @@ def partial(
     if query.device.type == "cpu" and size == values.shape[3]:
         return _OPS._scaled_dot_product_flash_attention_for_cpu(
             query, keys, values, attn_mask=bias, scale=scaling
-        )  # type: ignore[no-any-return]
+        )
     return plain_partial(query, keys, values, bias, scaling)
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import gc
 import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -187,15 +187,26 @@ def fill_tensors(model: PreTrainedModel, cache: Any, rows: int, position: int) -
 
 
 @torch.no_grad()
-def fill_bounded(model: PreTrainedModel, cache: ADMSKVCache, rows: int, position: int) -> float:
+def fill_bounded(
+    model: PreTrainedModel,
+    cache: ADMSKVCache,
+    rows: int,
+    position: int,
+    text: torch.Tensor | None = None,
+) -> float:
     """Reads as much as fills the exact tiers and starts coding, then advances the counts.
+
+    ``text`` ``[1, N]`` is read, over and over; None: random tokens.
 
     Returns:
         Tokens a second while reading.
     """
     sizes = cache.sizes
     reading = min(position, sizes.sink + sizes.ring + sizes.budget + 2 * sizes.chunk)
-    ids = torch.randint(3, 90, (rows, reading), device=model.device)
+    if text is None:
+        ids = torch.randint(3, 90, (rows, reading), device=model.device)
+    else:
+        ids = text.repeat(rows, -(-reading // text.shape[1]))[:, :reading].to(model.device)
     settle(model.device)
     start = time.perf_counter()
     model(ids, past_key_values=cache, logits_to_keep=1)
@@ -352,18 +363,16 @@ def measure_all(
     tokens: int,
     kernel: Kernel = "auto",
     random_code: bool = False,
-    on_row: Callable[[Row], None] | None = None,
-) -> list[Row]:
+) -> Iterator[Row]:
     """Every method at every position (batch of the first) and every batch (at the first position).
 
     A cache that grows is measured up to the longest position that fits.
     """
     cases = [(batches[0], position) for position in positions]
     cases += [(batch, positions[0]) for batch in batches[1:]]
-    rows = []
     for method in methods:
         for batch, position in cases:
-            row = measure(
+            yield measure(
                 model,
                 method,
                 config,
@@ -373,7 +382,3 @@ def measure_all(
                 kernel=kernel,
                 random_code=random_code,
             )
-            rows.append(row)
-            if on_row is not None:
-                on_row(row)
-    return rows

@@ -7,7 +7,6 @@ Rows are those of ``latency.measure`` with ``part`` and ``way`` (through ``gener
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,8 @@ from adms.config import ADMSConfig
 from adms.evaluation.latency import (
     STATIC,
     advance_counts,
-    fill_bounded,
     fill_tensors,
     measure,
-    open_cache,
     release,
     settle,
     spare_tokens,
@@ -32,103 +29,10 @@ from adms.evaluation.latency import (
 )
 from adms.evaluation.methods import ADMS, FULL, STREAMING
 from adms.evaluation.run_folder import Row
-from adms.kernels import Kernel
+from adms.evaluation.speed_bench import Bench, Goal, Part
 
 NO_MIDDLE = "adms without a middle"
 GENERATE, STEPS = "generate", "steps"
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What is measured.
-
-    Attributes:
-        model: the model.
-        config: of the ADMS cache.
-        kernel: what decodes single tokens.
-        tokens: timed per row of the tables.
-        positions: of the stream, reached by advancing the counts.
-        batch: rows of the part ``batch16``.
-        context: tokens of the part ``context32k``, and of the longest one of ``crossover``.
-        context_batch: its rows.
-        context_tokens: timed there.
-        prompt: tokens read in the part ``prefill``.
-        chunks: sizes of chunks there.
-        random_code: random directions in place of fitted ones.
-    """
-
-    model: PreTrainedModel
-    config: ADMSConfig
-    kernel: Kernel = "auto"
-    tokens: int = 64
-    positions: tuple[int, ...] = (1024, 5700, 100_000, 1_000_000)
-    batch: int = 16
-    context: int = 32768
-    context_batch: int = 8
-    context_tokens: int = 16
-    prompt: int = 2048
-    chunks: tuple[int, ...] = (64, 256, 1024)
-    random_code: bool = True
-
-    @property
-    def slots(self) -> int:
-        """Exact slots that an ADMS cache is compared at: sinks, budget and window."""
-        config = self.config
-        return config.start_size + config.compressed_budget + config.recent_size
-
-    def open(self, method: str, position: int = 0, config: ADMSConfig | None = None) -> Any:
-        """An empty cache of a method."""
-        return open_cache(
-            self.model, method, config or self.config, position, self.tokens, self.kernel,
-            self.random_code,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A figure that must hold.
-
-    Attributes:
-        what: it is.
-        measured: its value.
-        must: the bound.
-        aim: what is wished for.
-        at_most: whether the bounds are upper ones.
-    """
-
-    what: str
-    measured: float
-    must: float
-    aim: float | None = None
-    at_most: bool = True
-
-    @property
-    def row(self) -> Row:
-        """As a row of a table."""
-        sign = "<=" if self.at_most else ">="
-        holds = self.measured <= self.must if self.at_most else self.measured >= self.must
-        return {
-            "what": self.what,
-            "measured": f"{self.measured:.3g}",
-            "must be": f"{sign} {self.must:g}",
-            "goal": "" if self.aim is None else f"{sign} {self.aim:g}",
-            "holds": "yes" if holds else "no",
-        }
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part: its rows, and what must hold of them.
-
-    Attributes:
-        title: of its table.
-        rows: measures.
-        goals: from the rows.
-    """
-
-    title: str
-    rows: Callable[[Bench], Iterator[Row]]
-    goals: Callable[[Bench, list[Row]], list[Goal]]
 
 
 # --- decoding ------------------------------------------------------------------------------------
@@ -170,7 +74,7 @@ def batch1(bench: Bench) -> Iterator[Row]:
     for method in (STREAMING, ADMS):
         release(bench.model.device)
         cache = bench.open(method)
-        fill_bounded(bench.model, cache, 1, bench.positions[0])
+        bench.fill(cache, 1, bench.positions[0])
         label = _streaming_label(bench.config) if method == STREAMING else method
         places = bench.positions[:1] if method == STREAMING else bench.positions
         for way in (GENERATE, STEPS):
@@ -213,7 +117,7 @@ def first_call(bench: Bench) -> Iterator[Row]:
     for method in (STREAMING, ADMS):
         release(bench.model.device)
         cache = bench.open(method)
-        fill_bounded(bench.model, cache, 1, bench.positions[0])
+        bench.fill(cache, 1, bench.positions[0])
         label = _streaming_label(bench.config) if method == STREAMING else method
         yield _timed(bench, cache, 1, STEPS, {"method": label, "position": cache.tokens_seen})
 
@@ -244,7 +148,7 @@ def batch16(bench: Bench) -> Iterator[Row]:
     for label, config in ((NO_MIDDLE, without), (ADMS, bench.config)):
         release(bench.model.device)
         cache = bench.open(ADMS, config=config)
-        reading = fill_bounded(bench.model, cache, bench.batch, bench.positions[0])
+        reading = bench.fill(cache, bench.batch, bench.positions[0])
         row: Row = {"method": label, "position": cache.tokens_seen}
         row = _timed(bench, cache, bench.batch, GENERATE, row)
         yield row | {"read_tokens_per_s": reading}
@@ -265,7 +169,7 @@ def context32k(bench: Bench) -> Iterator[Row]:
     batch, length, tokens = bench.context_batch, bench.context, bench.context_tokens
     release(bench.model.device)
     cache = bench.open(ADMS)
-    fill_bounded(bench.model, cache, batch, length)
+    bench.fill(cache, batch, length)
     yield _timed(bench, cache, batch, GENERATE, {"method": ADMS, "position": cache.tokens_seen})
     del cache
     release(bench.model.device)
@@ -317,7 +221,7 @@ def prefill(bench: Bench) -> Iterator[Row]:
         # The first passes set libraries up.
         dense_s = float(np.median(dense[2:]))
         cache = bench.open(ADMS, config=bench.config.replace(prefill_chunk_size=chunk))
-        fill_bounded(model, cache, 1, 2**30)
+        bench.fill(cache, 1, 2**30)
         _read(model, ids[:, :chunk], cache)
         own_s = _read(model, ids, cache)
         chunks = ids.shape[1] / chunk
@@ -369,7 +273,7 @@ def memory(bench: Bench) -> Iterator[Row]:
             model(ids[:, :chunk], use_cache=False, logits_to_keep=1)
     workspace = torch.cuda.max_memory_allocated(device) - before
     cache = bench.open(ADMS)
-    fill_bounded(model, cache, 1, 2**30)
+    bench.fill(cache, 1, 2**30)
     reading, _ = _peak(device, lambda: _read(model, ids, cache))
     writing, (times, first_s) = _peak(device, lambda: token_times(model, cache, 1, bench.tokens))
     row: Row = {"way": "prompt, generate", "method": ADMS, "batch": 1, "weights_bytes": weights}
@@ -427,7 +331,7 @@ def crossover(bench: Bench) -> Iterator[Row]:
         (ADMS, bench.positions[-1]),
     ):
         cache = bench.open(method)
-        fill_bounded(model, cache, 1, position)
+        bench.fill(cache, 1, position)
         label = _streaming_label(config) if method == STREAMING else method
         caches.append((label, cache.tokens_seen, cache))
     # A multiple of the interval, so that every turn has its commits.

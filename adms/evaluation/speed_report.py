@@ -13,7 +13,7 @@ from adms.evaluation.run_folder import (
     write_atomic,
     write_json,
 )
-from adms.evaluation.speed_parts import Goal
+from adms.evaluation.speed_bench import Goal
 
 MIB = 2**20
 # Columns of a report: name of the figure, heading, divisor, digits after the point.
@@ -86,7 +86,9 @@ class SpeedReport:
         print("  ".join(f"{name} {value}" for name, value in shown(row).items()), flush=True)
 
     def add(self, name: str, title: str, rows: list[Row], goals: list[Goal]) -> None:
-        """Takes a finished part in and writes the folder anew."""
+        """Takes a part in, if anything of it was measured, and writes the folder anew."""
+        if not rows:
+            return
         self.rows += [{"part": name, **row} for row in rows]
         self.goals += goals
         text = f"## {title}\n\n{table(rows)}"

@@ -21,6 +21,7 @@ class ExactPart:
         cos, sin: ``[R, N, D]`` of their positions.
         valid: ``[R, N]`` booleans.
         log_weight: ``[B, K, N]``, or None for zeros.
+        is_finite: whether values that are not valid are known to be finite too.
     """
 
     keys: torch.Tensor
@@ -29,6 +30,7 @@ class ExactPart:
     sin: torch.Tensor
     valid: torch.Tensor
     log_weight: torch.Tensor | None = None
+    is_finite: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,10 @@ def _channels(records: torch.Tensor, bag: Bags, books: torch.Tensor) -> torch.Te
     """One row's: ``[N, channels]`` of ``records [N, bytes]``."""
     count, groups = len(records), len(bag.ends)
     # Bytes of a record in the order of their groups; a group's words are summed as one bag.
-    words = records.index_select(1, bag.places) + bag.words.to(torch.int32)
-    width = words.shape[1]
+    width = len(bag.places)
+    # A CPU gathers single bytes four times faster than it selects columns of them.
+    codes = records.gather(1, bag.places.long().expand(count, -1))
+    words = codes + bag.words.to(torch.int32)
     first = torch.arange(0, count * width, width, dtype=torch.int32, device=records.device)
     starts = first.new_zeros(groups)
     starts[1:] = bag.ends[:-1]
@@ -105,11 +109,18 @@ def _channels(records: torch.Tensor, bag: Bags, books: torch.Tensor) -> torch.Te
 
 
 def restore(
-    side: Projection, channels: torch.Tensor, gain: torch.Tensor, heads: int
+    side: Projection,
+    channels: torch.Tensor,
+    gain: torch.Tensor,
+    heads: int,
+    directions: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """States ``[B, K, N, D]`` of channels ``[B, N, blocks * C]`` and gains ``[B, N, blocks]``."""
+    """States ``[B, K, N, D]`` of channels ``[B, N, blocks * C]`` and gains ``[B, N, blocks]``.
+
+    ``directions`` are those of ``side`` where they are known.
+    """
     own = channels.unflatten(2, (side.blocks, side.channels)).transpose(1, 2)
-    states = own @ side.directions(channels.dtype)
+    states = own @ (side.directions(channels.dtype) if directions is None else directions)
     mean = side.mean[:, :, None].to(states.dtype)
     states = torch.addcmul(mean, states, gain.transpose(1, 2)[..., None].to(states.dtype))
     share = heads // side.blocks
@@ -118,12 +129,15 @@ def restore(
 
 def gains_of(part: CodedPart, side: Projection) -> torch.Tensor:
     """Gains ``[B, N, blocks]``; 1 where nothing is to be read, whatever the bytes are."""
-    records = part.records
-    block = torch.arange(side.blocks, device=records.device)
-    start = side.gain_start + side.gain_stride * block
-    low = records[:, :, start]
+    start, stride = side.gain_start, side.gain_stride
+    # Blocks that share a gain have a stride of zero, which no slice has.
+    bytes_of = part.records[:, :, start : start + max(1, stride * side.blocks) : max(1, stride)]
     if not part.tables.half_gain:
-        return torch.exp2((low.float() - 128) / part.tables.gain_steps)
-    both = torch.stack([low, records[:, :, start + 1]], dim=-1)
-    gain = both.view(torch.float16)[..., 0].float()
-    return gain.masked_fill(~part.valid[..., None], 1.0)
+        gain = bytes_of.float().sub_(128).div_(part.tables.gain_steps).exp2_()
+    else:
+        high = part.records[:, :, start + 1 :][
+            :, :, : max(1, stride * side.blocks) : max(1, stride)
+        ]
+        gain = torch.stack([bytes_of, high], dim=-1).view(torch.float16)[..., 0].float()
+        gain = gain.masked_fill(~part.valid[..., None], 1.0)
+    return gain.expand(-1, -1, side.blocks)
