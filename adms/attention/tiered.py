@@ -284,8 +284,10 @@ def without_landmarks(
     empty = torch.zeros(rows, records, per_record, device=device)
     counts = empty.scatter_add(2, members, torch.ones_like(is_mark, dtype=empty.dtype))
     left = counts - empty.scatter_add(2, members, is_mark.to(empty.dtype))
-    share = (left / counts.clamp(min=1)).flatten(1)
-    # Rows that hold exact tokens still may have more entries than the others have codes.
+    # Rows that hold exact tokens still have no records, whatever their bytes say, and may have more
+    # entries than the others have codes.
+    coded = torch.tensor([geometry.is_coded(total) for total in totals], device=device)
+    share = torch.where(coded[:, None], (left / counts.clamp(min=1)).flatten(1), 1.0)
     share = torch.nn.functional.pad(share, (0, entries.num_entries - share.shape[1]), value=1.0)
     weight = entries.log_weight + share.clamp(min=1e-6).log()[:, None]
     kept = share > 0 if held is None else held & (share > 0)

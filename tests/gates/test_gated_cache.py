@@ -78,6 +78,18 @@ def test_a_padded_row_is_the_row_alone_and_chunks_change_nothing(policy: str) ->
     assert "gates" in alone.layers[0].cache.binding.compressor.name
 
 
+@pytest.mark.parametrize("budget", [116, 120, 160])
+def test_rows_turn_to_codes_one_after_another(budget: int) -> None:
+    """A row that still holds exact tokens has no records, whatever its bytes look like."""
+    model = tiny_llama(trained=4096)
+    sizes = {**SIZES, "compressed_budget": budget}
+    together, alone = (
+        enable_adms_llm(model, **sizes, adaptive_update=AdaptiveUpdateConfig(block_tokens=16))
+        for _ in range(2)
+    )
+    check_padded_row(model, together, alone, total=320)
+
+
 @pytest.mark.parametrize("name", architectures.NAMES)
 def test_every_architecture(name: str) -> None:
     model = architectures.tiny(name)
