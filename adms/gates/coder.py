@@ -147,6 +147,13 @@ class GatedCompressor(Compressor):
         inner = self.inner.block_tokens(config)
         return self.update.block_sizes(inner, config.compressed_budget)[0]
 
+    def weight(self, layer_idx: int, config: "ADMSConfig") -> float:
+        """The share of the tokens that the layer admits, so that all layers reach as far back."""
+        tokens, admitted = self.update.block_sizes(
+            self.inner.block_tokens(config), config.compressed_budget, layer_idx
+        )
+        return admitted / tokens
+
     def bind(self, context: LayerContext, nbytes: int, config: "ADMSConfig") -> Coder:
         """A coder for this layer; a layer that admits every token has no gate."""
         inner = self.inner.bind(context, nbytes, config)
