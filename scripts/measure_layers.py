@@ -19,6 +19,7 @@ import argparse
 import math
 import os
 import time
+from collections.abc import Iterator, Sequence
 from functools import cache as once
 from multiprocessing import get_context
 from pathlib import Path
@@ -199,9 +200,8 @@ def speed(arguments: argparse.Namespace, device: str, name: str) -> Row:
     return row
 
 
-def pieces(arguments: argparse.Namespace) -> list[tuple[str, str, str]]:
-    """Key, row of the table, and text or kind of each measurement that can run beside others."""
-    kinds = [*arguments.texts, *(["passkeys"] if arguments.passkeys else [])]
+def pieces(arguments: argparse.Namespace, kinds: list[str]) -> list[tuple[str, str, str]]:
+    """Key, row of the table, and text or kind of each measurement."""
     return [
         (f"{key_of(name, layers)}/{Path(kind).stem}", name, kind)
         for kind in kinds
@@ -215,17 +215,20 @@ def key_of(name: str, layers: dict[str, Any]) -> str:
     return f"{name} {update.gates.digest()}" if update is not None and update.gates else name
 
 
+# Of a process that measures.
 _DEVICE: list[str] = []
 
 
 def _take_device(devices: Any) -> None:
-    _DEVICE.append(devices.get())
+    _DEVICE[:] = [devices.get()]
 
 
 def _measure(task: tuple[argparse.Namespace, tuple[str, str, str]]) -> tuple[str, Row]:
     arguments, (key, name, text) = task
     if text == "passkeys":
         row = recall(arguments, _DEVICE[0], name)
+    elif text == "speed":
+        row = speed(arguments, _DEVICE[0], name)
     else:
         row = {"text": Path(text).stem, **read_text(arguments, _DEVICE[0], name, text)}
     return key, {"layer": name, **row}
@@ -233,28 +236,31 @@ def _measure(task: tuple[argparse.Namespace, tuple[str, str, str]]) -> tuple[str
 
 def measure(arguments: argparse.Namespace, folder: RunFolder) -> list[str]:
     """Does what is not done yet; returns the keys of all."""
+    kinds = [*arguments.texts, *(["passkeys"] if arguments.passkeys else [])]
+    beside = pieces(arguments, kinds)
+    # Times are of one that has the machine to itself.
+    alone = pieces(arguments, ["speed"] if arguments.speed else [])
     devices = arguments.device.split(",")
-    todo = [piece for piece in pieces(arguments) if not folder.is_done(piece[0])]
-    context = get_context("spawn")
-    queue = context.Queue()
-    jobs = max(1, min(arguments.jobs, len(todo)))
-    for job in range(jobs):
-        queue.put(devices[job % len(devices)])
-    if todo:
-        with context.Pool(jobs, _take_device, (queue,)) as pool:
-            tasks = [(arguments, piece) for piece in todo]
-            for key, row in pool.imap_unordered(_measure, tasks):
-                folder.finish(key, [row])
-                print(key, {name: shown(value) for name, value in row.items()}, flush=True)
-    keys = [key for key, *_ in pieces(arguments)]
-    for name, layers in settings(arguments).items() if arguments.speed else ():
-        key = f"{key_of(name, layers)}/speed"
-        keys.append(key)
-        if not folder.is_done(key):
-            row = {"layer": name, **speed(arguments, devices[0], name)}
+    for jobs, asked in ((arguments.jobs, beside), (1, alone)):
+        tasks = [(arguments, piece) for piece in asked if not folder.is_done(piece[0])]
+        for key, row in _worked_off(tasks, min(jobs, len(tasks)), devices):
             folder.finish(key, [row])
             print(key, {name: shown(value) for name, value in row.items()}, flush=True)
-    return keys
+    return [key for key, *_ in (*beside, *alone)]
+
+
+def _worked_off(tasks: list[Any], jobs: int, devices: list[str]) -> Iterator[tuple[str, Row]]:
+    """Results as they come, by so many processes, dealt out to the devices."""
+    if jobs <= 1:
+        _DEVICE[:] = devices[:1]
+        yield from map(_measure, tasks)
+        return
+    context = get_context("spawn")
+    queue = context.Queue()
+    for job in range(jobs):
+        queue.put(devices[job % len(devices)])
+    with context.Pool(jobs, _take_device, (queue,)) as pool:
+        yield from pool.imap_unordered(_measure, tasks)
 
 
 def table(rows: list[Row], texts: list[str]) -> list[Row]:
@@ -310,7 +316,7 @@ def shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Writes a run folder and prints its table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("texts", nargs="+")
@@ -332,7 +338,7 @@ def main() -> None:
     parser.add_argument("--passkey-tokens", type=int, default=6000)
     parser.add_argument("--speed", action="store_true", help="tokens a second, alone")
     parser.add_argument("--jobs", type=int, default=1, help="measurements at a time")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     # What else is asked for decides which measurements there are, not what they find.
     decisive = {name: getattr(arguments, name) for name in DECISIVE}
     folder = RunFolder(arguments.output, decisive)
