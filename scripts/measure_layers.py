@@ -43,6 +43,7 @@ from adms.evaluation.run_folder import (
 )
 from adms.evaluation.texts import collect_ids
 from adms.gates import AdaptiveUpdateConfig
+from adms.kernels import Kernel
 
 FULL, STREAMING, PLAIN = "full cache", "StreamingLLM", "plain ADMS"
 # Tokens in which a number of five digits is told.
@@ -81,8 +82,13 @@ def loaded(name: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
     return load_model(name, device=device)
 
 
-def new_cache(model: PreTrainedModel, arguments: argparse.Namespace, name: str) -> Any:
-    """The memory of one row of the table; None for the full cache."""
+def new_cache(
+    model: PreTrainedModel, arguments: argparse.Namespace, name: str, kernel: Kernel = "torch"
+) -> Any:
+    """The memory of one row of the table; None for the full cache.
+
+    The general path takes single tokens, since compiling a pass of one takes longer than a trial.
+    """
     disable_adms(model)
     if name == FULL:
         return None
@@ -100,7 +106,7 @@ def new_cache(model: PreTrainedModel, arguments: argparse.Namespace, name: str) 
         compressed_budget=arguments.budget,
         prefill_chunk_size=arguments.chunk,
         compressor_type=arguments.compressor,
-        kernel="torch",
+        kernel=kernel,
         **settings(arguments)[name],
     )
 
@@ -109,7 +115,7 @@ def new_cache(model: PreTrainedModel, arguments: argparse.Namespace, name: str) 
 def read_text(arguments: argparse.Namespace, device: str, name: str, text: str) -> Row:
     """Perplexity, and what the layers did."""
     model, tokenizer = loaded(arguments.model, device)
-    memory = new_cache(model, arguments, name)
+    memory = new_cache(model, arguments, name, kernel="auto")
     ids = collect_ids(tokenizer, text, num_tokens=arguments.tokens, offset=arguments.offset)
     ids = ids.to(model.device)
     losses = []
@@ -175,29 +181,31 @@ def recall(arguments: argparse.Namespace, device: str, name: str) -> Row:
 def speed(arguments: argparse.Namespace, device: str, name: str) -> Row:
     """Tokens a second behind ``--first`` tokens of the first text."""
     model, tokenizer = loaded(arguments.model, device)
-    memory = new_cache(model, arguments, name)
-    ids = collect_ids(tokenizer, arguments.texts[0], num_tokens=arguments.tokens).to(model.device)
-    at, row = 0, {}
-
-    def read(columns: int) -> None:
-        nonlocal memory, at
-        part = ids[:, at : at + columns]
-        result = model(part, past_key_values=memory, use_cache=True, logits_to_keep=1)
-        memory, at = result.past_key_values, at + columns
-
-    for _ in range(arguments.first // arguments.chunk):
-        read(arguments.chunk)
-    for key, columns, passes in (("in chunks", arguments.chunk, 8), ("one by one", 1, 32)):
-        read(columns)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(passes):
-            read(columns)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+    count = arguments.first + 10 * arguments.chunk + 33
+    ids = collect_ids(tokenizer, arguments.texts[0], num_tokens=count).to(model.device)
+    row: Row = {}
+    ways: tuple[tuple[str, Kernel, int, int], ...] = (
+        ("in chunks", "auto", arguments.chunk, 8),
+        ("one by one", "torch", 1, 32),
+    )
+    for key, kernel, columns, passes in ways:
+        memory, at = new_cache(model, arguments, name, kernel), 0
+        before = [arguments.chunk] * (arguments.first // arguments.chunk) + [columns]
+        for index, width in enumerate([*before, *[columns] * passes]):
+            if index == len(before):
+                _wait()
+                start = time.perf_counter()
+            part = ids[:, at : at + width]
+            result = model(part, past_key_values=memory, use_cache=True, logits_to_keep=1)
+            memory, at = result.past_key_values, at + width
+        _wait()
         row[f"tokens/s {key}"] = columns * passes / (time.perf_counter() - start)
     return row
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def pieces(arguments: argparse.Namespace, kinds: list[str]) -> list[tuple[str, str, str]]:
