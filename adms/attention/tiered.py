@@ -227,8 +227,9 @@ def _middle_parts(
     parts = [Part(_with_valid(entries, known, like.device), positions, tables)]
     if geometry.landmarks and any(geometry.is_coded(total) for total in totals):
         marks, marked = layer.middle.landmarks(totals, fine)
-        coded = torch.tensor([geometry.is_coded(total) for total in totals], device=like.device)
-        tokens = torch.where(coded[:, None], marked, -1)
+        tokens = marked
+        if not all(geometry.is_coded(total) for total in totals):
+            tokens = torch.where(_coded_rows(geometry, totals, like.device), marked, -1)
         if view.forgotten is not None:
             tokens = torch.where(tokens >= view.forgotten.to(like.device)[:, None], tokens, -1)
         there = (tokens >= 0)[:, None]
@@ -292,11 +293,19 @@ def without_landmarks(
     counts = empty.scatter_add(2, members, torch.ones_like(is_mark, dtype=empty.dtype))
     left = counts - empty.scatter_add(2, members, is_mark.to(empty.dtype))
     share = (left / counts.clamp(min=1)).flatten(1)
-    # Rows that hold exact tokens still may have more entries than the others have codes.
+    if not all(geometry.is_coded(total) for total in totals):
+        # Rows that hold exact tokens still have no records, whatever their bytes say, and may have
+        # more entries than the others have codes.
+        share = torch.where(_coded_rows(geometry, totals, device), share, 1.0)
     share = torch.nn.functional.pad(share, (0, entries.num_entries - share.shape[1]), value=1.0)
     weight = entries.log_weight + share.clamp(min=1e-6).log()[:, None]
     kept = share > 0 if held is None else held & (share > 0)
     return Entries(entries.keys, entries.values, weight, entries.positions, kept)
+
+
+def _coded_rows(geometry: MiddleGeometry, totals: list[int], device: torch.device) -> torch.Tensor:
+    """``[B, 1]`` which rows are coded by now; where all are, no device needs to be told."""
+    return torch.tensor([[geometry.is_coded(total)] for total in totals], device=device)
 
 
 def _with_valid(entries: Entries, valid: torch.Tensor | None, device: torch.device) -> Entries:
