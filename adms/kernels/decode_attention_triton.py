@@ -20,12 +20,12 @@ from adms.kernels.parts import CodedPart, ExactPart
 
 # Entries of a tile.
 EXACT_TILE = 32
-CODED_TILE = 32
-# Registers of a thread, so that three programs share a multiprocessor: looking codes up is waiting
-# for memory (docs/performance.md).
-CODED_REGISTERS = 168
+CODED_TILE = 64
+WARPS = 4
+STAGES = 1
+REGISTERS = 0
 # Coded channels that are looked up at a time, and elements of a program's heads together.
-CHUNK = 32
+CHUNK = 64
 MOST_COLUMNS = 256
 # Tiles and elements that a program of the merge adds up at a time.
 MERGED_TILES = 128
@@ -203,13 +203,17 @@ def _coded(
         0 if order is None else _row_stride(order), 0 if hidden is None else _row_stride(hidden),
         marks, part.records.shape[1], *numbers[:2], keys.blocks, numbers[2], **shared,
         P=_padded(heads * shared["G"]), TILE=CODED_TILE, CHUNK=CHUNK,
+        K_GROUPS=triton.next_power_of_2(keys.channels // 8),
+        V_GROUPS=triton.next_power_of_2(values.channels // 8),
         STAGES=tables.offsets.shape[1], SHARE=share, HEADS=heads,
         K_CHOSEN=keys.rows is not None, K_WEIGHTED=keys.weight is not None,
         V_CHOSEN=values.rows is not None, V_WEIGHTED=values.weight is not None,
         BIASED=log_weight is not None, HALF=tables.half_gain, STEPS=tables.gain_steps,
         HIDDEN=triton.next_power_of_2(marks) if marks else 0,
         CODE_KIND=tl.float32 if single else tl.float16,
-        **({} if single else {"maxnreg": CODED_REGISTERS}),
+        PACKED=not single and keys.basis.dtype == values.basis.dtype == torch.int8
+        and not triton.knobs.runtime.interpret,
+        num_warps=WARPS, num_stages=STAGES, **({"maxnreg": REGISTERS} if REGISTERS else {}),
     )  # fmt: skip
 
 

@@ -43,26 +43,26 @@ def _scores(
     q1, q2, k1, k2, cos, sin, n, held, row, t_row, t_entry, scaling,
     F: tl.constexpr, HEADS: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """Scores ``[P, TILE]`` of queries and keys ``[TILE, HEADS * F]`` that are rotated here."""
+    """Scores ``[TILE, P]`` of keys ``[TILE, HEADS * F]``, rotated here, and queries."""
     d = tl.arange(0, HEADS * F) % F
     at = n[:, None] * t_entry + d[None, :]
     c = tl.load(cos + row * t_row + at, mask=held[:, None], other=0.0).to(tl.float32)
     s = tl.load(sin + row * t_row + at, mask=held[:, None], other=0.0).to(tl.float32)
     r1 = k1 * c - k2 * s
     r2 = k2 * c + k1 * s
-    score = tl.dot(q1.to(KIND), tl.trans(r1.to(KIND)), input_precision="ieee")
-    score += tl.dot(q2.to(KIND), tl.trans(r2.to(KIND)), input_precision="ieee")
+    score = tl.dot(r1.to(KIND), tl.trans(q1.to(KIND)), input_precision="ieee")
+    score = tl.dot(r2.to(KIND), tl.trans(q2.to(KIND)), score, input_precision="ieee")
     return score * scaling
 
 
 @triton.jit
 def _weights(score, shown):
-    """Maximum and sum ``[P]`` of a tile, and its weights ``[P, TILE]``."""
-    score = tl.where(shown[None, :], score, float("-inf"))
-    most = tl.max(score, axis=1)
+    """Maximum and sum ``[P]`` of a tile, and its weights ``[TILE, P]``."""
+    score = tl.where(shown[:, None], score, float("-inf"))
+    most = tl.max(score, axis=0)
     base = tl.where(most == float("-inf"), 0.0, most)
-    weight = tl.exp(score - base[:, None])
-    return most, tl.sum(weight, axis=1), weight
+    weight = tl.exp(score - base[None, :])
+    return most, tl.sum(weight, axis=0), weight
 
 
 @triton.jit
@@ -89,18 +89,26 @@ def exact_tiles(
     score = _scores(q1, q2, k1, k2, cos, sin, n, held, row, t_row, t_entry, scaling, F, HEADS, KIND)
     if BIASED:
         at = bias + row * b_row + kv * b_head + n
-        score += tl.load(at, mask=held, other=0.0).to(tl.float32)[None, :]
+        score += tl.load(at, mask=held, other=0.0).to(tl.float32)[:, None]
     shown = held & (tl.load(valid + row * valid_row + n, mask=held, other=0) != 0)
     most, total, weight = _weights(score, shown)
     # What is not read may be anything, and nothing times NaN is NaN.
     value = tl.where(shown[:, None], value, 0.0)
-    summed = tl.dot(weight.to(KIND), value.to(KIND), input_precision="ieee")
+    summed = tl.dot(tl.trans(value.to(KIND)), weight.to(KIND), input_precision="ieee")
     g = tl.arange(0, P)
     own = g < G
     out = (row * H + kv * G + g) * tiles + first_tile + tile
     tl.store(maxima + out, most, mask=own)
     tl.store(sums + out, total, mask=own)
-    tl.store(totals + out[:, None] * (2 * F) + e[None, :], summed, mask=own[:, None])
+    tl.store(totals + out[None, :] * (2 * F) + e[:, None], summed, mask=own[None, :])
+
+
+@triton.jit
+def _reach(offsets, stage, record_bytes, offset_stage, groups, MOST: tl.constexpr):
+    """How many of a block's groups there are up to the last one with a code in a stage."""
+    g = tl.arange(0, MOST)
+    found = tl.load(offsets + stage * offset_stage + g, mask=g < groups, other=-1)
+    return tl.max(tl.where((found >= 0) & (found < record_bytes), g + 1, 0), axis=0)
 
 
 @triton.jit
@@ -122,34 +130,31 @@ def _words(books, code, held, offset, stage):
     """Codewords ``[TILE, WIDTH, 8]`` of a stage, zeros where there is no code."""
     coded = held[:, None] & (offset >= 0)[None, :]
     word = ((stage * 256 + code.to(tl.int32)) * 8)[:, :, None] + tl.arange(0, 8)[None, None, :]
-    return tl.load(books + word, mask=coded[:, :, None], other=0.0).to(tl.float32)
+    return tl.load(books + word, mask=coded[:, :, None], other=0.0)
 
 
 @triton.jit
 def _channels(
-    records, offsets, books, at_record, held, group, some, first, record_bytes, offset_stage,
-    STAGES: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
+    records, offsets, books, at_record, held, group, some, deep, record_bytes, offset_stage,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Channels ``[TILE, 8 * WIDTH]`` of ``WIDTH`` groups: the sum of their stages' codewords.
+    """Sums ``[TILE, WIDTH, 8]`` of the codewords of all stages.
 
     Written in the order in which loads should leave: what does not follow from another load waits
-    for memory together. Few groups have more than two stages. ``first`` are the first one's bytes.
+    for memory together. Few groups have more than two stages; ``deep`` says whether any here has.
     """
-    second = tl.full([WIDTH], -1, dtype=tl.int32)
-    third = second
+    first = _offsets(offsets, 0, group, some, record_bytes, offset_stage)
     if STAGES > 1:
         second = _offsets(offsets, 1, group, some, record_bytes, offset_stage)
-    if STAGES > 2:
-        third = _offsets(offsets, 2, group, some, record_bytes, offset_stage)
-    code = _codes(records, at_record, held, first)
-    if STAGES > 1:
+        code = _codes(records, at_record, held, first)
         other = _codes(records, at_record, held, second)
         total = _words(books, code, held, first, 0) + _words(books, other, held, second, 1)
     else:
-        total = _words(books, code, held, first, 0)
+        total = _words(books, _codes(records, at_record, held, first), held, first, 0)
     if STAGES > 2:  # noqa: SIM102, which of the two the compiler decides
-        if tl.max(third, axis=0) >= 0:
-            code = _codes(records, at_record, held, third)
+        if deep:
+            third = _offsets(offsets, 2, group, some, record_bytes, offset_stage)
+            code_3 = _codes(records, at_record, held, third)
             if STAGES > 3:
                 fourth = _offsets(offsets, 3, group, some, record_bytes, offset_stage)
                 code_4 = _codes(records, at_record, held, fourth)
@@ -159,32 +164,68 @@ def _channels(
             if STAGES > 5:
                 sixth = _offsets(offsets, 5, group, some, record_bytes, offset_stage)
                 code_6 = _codes(records, at_record, held, sixth)
-            total += _words(books, code, held, third, 2)
+            total += _words(books, code_3, held, third, 2)
             if STAGES > 3:
                 total += _words(books, code_4, held, fourth, 3)
             if STAGES > 4:
                 total += _words(books, code_5, held, fifth, 4)
             if STAGES > 5:
                 total += _words(books, code_6, held, sixth, 5)
-    return tl.reshape(total, [TILE, 8 * WIDTH])
+    return total
 
 
 @triton.jit
-def _directions(
-    basis, scale, deviation, rows, row, block, c, inside,
-    basis_row, basis_block, basis_channel, scale_row, scale_block, deviation_row, deviation_block,
-    rows_row, rows_block, CHOSEN: tl.constexpr,
+def _halves(b, KIND: tl.constexpr, PACKED: tl.constexpr):
+    """Small integers as numbers; four int8 at once as float16 where ``PACKED``.
+
+    With its sign bit turned a byte is the last of a float16 from 1024 on, in steps of one.
+    """
+    if PACKED:
+        return tl.inline_asm_elementwise(
+            """
+            {
+                .reg .b32 turned, bias;
+                xor.b32 turned, $2, 0x80808080;
+                mov.b32 bias, 0x64806480;
+                prmt.b32 $0, turned, 0x64646464, 0x4140;
+                prmt.b32 $1, turned, 0x64646464, 0x4342;
+                sub.f16x2 $0, $0, bias;
+                sub.f16x2 $1, $1, bias;
+            }
+            """,
+            "=&r,=&r,r", [b], dtype=tl.float16, is_pure=True, pack=4,
+        )  # fmt: skip
+    return b.to(KIND)
+
+
+@triton.jit
+def _chunk(
+    records, offsets, books, at_record, held, start, groups, deep, record_bytes, offset_stage,
+    basis, scale, deviation, rows, column, there, basis_channel, F: tl.constexpr,
+    CHUNK: tl.constexpr, STAGES: tl.constexpr, TILE: tl.constexpr, CHOSEN: tl.constexpr,
+    KIND: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Where the directions of channels ``c [CHUNK]`` start, and their factors."""
+    """Some channels of a block: of entries ``[TILE, CHUNK]``, scaled; and both halves of their
+    directions ``[CHUNK, HEADS * F]``.
+    """
+    c = start * 8 + tl.arange(0, CHUNK)
+    inside = c < groups * 8
     which = c
     if CHOSEN:
-        at = rows + row * rows_row + block * rows_block + c
-        which = tl.load(at, mask=inside, other=0).to(tl.int32)
-    at = deviation + row * deviation_row + block * deviation_block + c
-    factor = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    at = scale + row * scale_row + block * scale_block + which
-    factor *= tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    return basis + row * basis_row + block * basis_block + which * basis_channel, factor
+        which = tl.load(rows + c, mask=inside, other=0).to(tl.int32)
+    factor = tl.load(deviation + c, mask=inside, other=0.0).to(tl.float32)
+    factor *= tl.load(scale + which, mask=inside, other=0.0).to(tl.float32)
+    at = basis + which[:, None] * basis_channel + column[None, :]
+    mask = inside[:, None] & there[None, :]
+    b1 = tl.load(at, mask=mask, other=0)
+    b2 = tl.load(at + F, mask=mask, other=0)
+    group = start + tl.arange(0, CHUNK // 8)
+    coded = _channels(
+        records, offsets, books, at_record, held, group, group < groups, start < deep,
+        record_bytes, offset_stage, STAGES,
+    )  # fmt: skip
+    coded = tl.reshape(coded, [TILE, CHUNK]).to(tl.float32) * factor[None, :]
+    return coded.to(KIND), _halves(b1, KIND, PACKED), _halves(b2, KIND, PACKED)
 
 
 @triton.jit
@@ -196,6 +237,19 @@ def _gain(records, at_record, held, start, HALF: tl.constexpr, STEPS: tl.constex
         bits = low.to(tl.uint16) | (high.to(tl.uint16) << 8)
         return bits.to(tl.float16, bitcast=True).to(tl.float32)
     return tl.exp2((low.to(tl.float32) - 128.0) / STEPS)
+
+
+@triton.jit
+def _centre(mean, weight, column, there, F: tl.constexpr, WEIGHTED: tl.constexpr):
+    """What both halves ``[HEADS * F]`` of a state are multiplied with, and their means."""
+    w1 = tl.full(column.shape, 1.0, dtype=tl.float32)
+    w2 = w1
+    if WEIGHTED:
+        w1 /= tl.load(weight + column, mask=there, other=1.0).to(tl.float32)
+        w2 /= tl.load(weight + column + F, mask=there, other=1.0).to(tl.float32)
+    m1 = tl.load(mean + column, mask=there, other=0.0).to(tl.float32)
+    m2 = tl.load(mean + column + F, mask=there, other=0.0).to(tl.float32)
+    return w1, w2, m1, m2
 
 
 @triton.jit
@@ -215,9 +269,10 @@ def coded_tiles(
     scaling,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr,
     CHUNK: tl.constexpr, STAGES: tl.constexpr, SHARE: tl.constexpr, HEADS: tl.constexpr,
+    K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
     K_CHOSEN: tl.constexpr, K_WEIGHTED: tl.constexpr, V_CHOSEN: tl.constexpr,
     V_WEIGHTED: tl.constexpr, BIASED: tl.constexpr, HALF: tl.constexpr, STEPS: tl.constexpr,
-    HIDDEN: tl.constexpr, KIND: tl.constexpr, CODE_KIND: tl.constexpr,
+    HIDDEN: tl.constexpr, KIND: tl.constexpr, CODE_KIND: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Tiles of codes; a program for ``HEADS`` of the ``SHARE`` KV heads of a block."""
     tile, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
@@ -226,62 +281,49 @@ def coded_tiles(
     head = tl.program_id(1) % pieces * HEADS
     own_heads = tl.minimum(SHARE - head, HEADS)
     kv = block * SHARE + head
-    q1, q2 = _queries(
-        query, q_cos, q_sin, row, kv, own_heads, q_row, q_head, qt_row, G, P, F, HEADS
-    )
     n = tile * TILE + tl.arange(0, TILE)
     held = n < count
     at_record = n * r_entry
     records += row * r_row
-    offsets += row * offset_row
-    width: tl.constexpr = CHUNK // 8
+    k_offsets = offsets + row * offset_row + block * (k_channels // 8)
+    v_offsets = offsets + row * offset_row + (blocks * k_channels + block * v_channels) // 8
     # Columns of the basis: the first half of every head of the program; the second lies F behind.
     j = tl.arange(0, HEADS * F)
     column = (head + j // F) * 2 * F + j % F
     there = j // F < own_heads
     k1 = tl.zeros([TILE, HEADS * F], dtype=tl.float32)
     k2 = tl.zeros([TILE, HEADS * F], dtype=tl.float32)
-    group = block * (k_channels // 8) + tl.arange(0, width)
-    last = (block + 1) * (k_channels // 8)
-    ahead = _offsets(offsets, 0, group, group < last, record_bytes, offset_stage)
-    for start in range(0, k_channels, CHUNK):
-        c = start + tl.arange(0, CHUNK)
-        first, some, own_group = ahead, group < last, group
-        group += width
-        ahead = _offsets(offsets, 0, group, group < last, record_bytes, offset_stage)
-        if tl.max(first, axis=0) >= 0:
-            inside = c < k_channels
-            starts, factor = _directions(
-                k_basis, k_scale, k_deviation, k_rows, row, block, c, inside, k_basis_row,
-                k_basis_block, k_basis_channel, k_scale_row, k_scale_block, k_deviation_row,
-                k_deviation_block, k_rows_row, k_rows_block, K_CHOSEN,
-            )  # fmt: skip
-            element = starts[:, None] + column[None, :]
-            mask = inside[:, None] & there[None, :]
-            b1 = tl.load(element, mask=mask, other=0)
-            b2 = tl.load(element + F, mask=mask, other=0)
-            coded = _channels(
-                records, offsets, books, at_record, held, own_group, some, first, record_bytes,
-                offset_stage, STAGES, TILE, width,
-            )  # fmt: skip
-            coded = (coded * factor[None, :]).to(CODE_KIND)
-            k1 = tl.dot(coded, b1.to(CODE_KIND), k1, input_precision="ieee")
-            k2 = tl.dot(coded, b2.to(CODE_KIND), k2, input_precision="ieee")
+    used = _reach(k_offsets, 0, record_bytes, offset_stage, k_channels // 8, K_GROUPS)
+    deep = 0
+    if STAGES > 2:
+        deep = _reach(k_offsets, 2, record_bytes, offset_stage, k_channels // 8, K_GROUPS)
+    for start in range(0, used, CHUNK // 8):
+        coded, b1, b2 = _chunk(
+            records, k_offsets, books, at_record, held, start, k_channels // 8, deep, record_bytes,
+            offset_stage, k_basis + row * k_basis_row + block * k_basis_block,
+            k_scale + row * k_scale_row + block * k_scale_block,
+            k_deviation + row * k_deviation_row + block * k_deviation_block,
+            k_rows + row * k_rows_row + block * k_rows_block, column, there, k_basis_channel,
+            F, CHUNK, STAGES, TILE, K_CHOSEN, CODE_KIND, PACKED,
+        )  # fmt: skip
+        k1 = tl.dot(coded, b1, k1, input_precision="ieee")
+        k2 = tl.dot(coded, b2, k2, input_precision="ieee")
+    w1, w2, m1, m2 = _centre(
+        k_mean + row * k_mean_row + block * k_mean_block,
+        k_weight + row * k_weight_row + block * k_weight_block, column, there, F, K_WEIGHTED,
+    )  # fmt: skip
     gain = _gain(records, at_record, held, k_gain + block * k_gain_block, HALF, STEPS)
-    k1, k2 = k1 * gain[:, None], k2 * gain[:, None]
-    if K_WEIGHTED:
-        at = k_weight + row * k_weight_row + block * k_weight_block + column
-        k1 /= tl.load(at, mask=there, other=1.0).to(tl.float32)[None, :]
-        k2 /= tl.load(at + F, mask=there, other=1.0).to(tl.float32)[None, :]
-    at = k_mean + row * k_mean_row + block * k_mean_block + column
-    k1 += tl.load(at, mask=there, other=0.0).to(tl.float32)[None, :]
-    k2 += tl.load(at + F, mask=there, other=0.0).to(tl.float32)[None, :]
+    k1 = k1 * gain[:, None] * w1[None, :] + m1[None, :]
+    k2 = k2 * gain[:, None] * w2[None, :] + m2[None, :]
+    q1, q2 = _queries(
+        query, q_cos, q_sin, row, kv, own_heads, q_row, q_head, qt_row, G, P, F, HEADS
+    )
     score = _scores(q1, q2, k1, k2, cos, sin, n, held, row, t_row, t_entry, scaling, F, HEADS, KIND)
     g = tl.arange(0, P)
     own = g < own_heads * G
     if BIASED:
         at = log_weight + row * log_row + kv + g // G
-        score += tl.load(at, mask=own, other=0.0).to(tl.float32)[:, None]
+        score += tl.load(at, mask=own, other=0.0).to(tl.float32)[None, :]
     shown = held & (tl.load(valid + row * valid_row + n, mask=held, other=0) != 0)
     if HIDDEN:
         own_order = tl.load(order + row * order_row + n, mask=held, other=-1)
@@ -292,49 +334,40 @@ def coded_tiles(
     most, total, weight = _weights(score, shown)
     gain = _gain(records, at_record, held, v_gain + block * v_gain_block, HALF, STEPS)
     # What is not read may decode to anything, and nothing times NaN is NaN.
-    weight = tl.where(shown[None, :], weight * gain[None, :], 0.0)
+    weight = tl.where(shown[:, None], weight * gain[:, None], 0.0)
     # Means of channels are as small as channels are, which sums need not be.
-    size = tl.sum(weight, axis=1)
-    weight = (weight / tl.where(size > 0, size, 1.0)[:, None]).to(CODE_KIND)
-    i = tl.arange(0, 2 * HEADS * F)
-    column = head * 2 * F + i
-    there = i // (2 * F) < own_heads
-    summed = tl.zeros([P, 2 * HEADS * F], dtype=tl.float32)
-    group = blocks * (k_channels // 8) + block * (v_channels // 8) + tl.arange(0, width)
-    last = blocks * (k_channels // 8) + (block + 1) * (v_channels // 8)
-    ahead = _offsets(offsets, 0, group, group < last, record_bytes, offset_stage)
-    for start in range(0, v_channels, CHUNK):
-        c = start + tl.arange(0, CHUNK)
-        first, some, own_group = ahead, group < last, group
-        group += width
-        ahead = _offsets(offsets, 0, group, group < last, record_bytes, offset_stage)
-        if tl.max(first, axis=0) >= 0:
-            inside = c < v_channels
-            starts, factor = _directions(
-                v_basis, v_scale, v_deviation, v_rows, row, block, c, inside, v_basis_row,
-                v_basis_block, v_basis_channel, v_scale_row, v_scale_block, v_deviation_row,
-                v_deviation_block, v_rows_row, v_rows_block, V_CHOSEN,
-            )  # fmt: skip
-            mask = inside[:, None] & there[None, :]
-            b = tl.load(starts[:, None] + column[None, :], mask=mask, other=0)
-            coded = _channels(
-                records, offsets, books, at_record, held, own_group, some, first, record_bytes,
-                offset_stage, STAGES, TILE, width,
-            )  # fmt: skip
-            mean = tl.dot(weight, coded.to(CODE_KIND), input_precision="ieee")
-            mean = (mean * factor[None, :]).to(CODE_KIND)
-            summed = tl.dot(mean, b.to(CODE_KIND), summed, input_precision="ieee")
-    summed *= size[:, None]
-    if V_WEIGHTED:
-        at = v_weight + row * v_weight_row + block * v_weight_block + column
-        summed /= tl.load(at, mask=there, other=1.0).to(tl.float32)[None, :]
-    at = v_mean + row * v_mean_row + block * v_mean_block + column
-    summed += total[:, None] * tl.load(at, mask=there, other=0.0).to(tl.float32)[None, :]
+    size = tl.sum(weight, axis=0)
+    weight = (weight / tl.where(size > 0, size, 1.0)[None, :]).to(CODE_KIND)
+    v1 = tl.zeros([HEADS * F, P], dtype=tl.float32)
+    v2 = tl.zeros([HEADS * F, P], dtype=tl.float32)
+    used = _reach(v_offsets, 0, record_bytes, offset_stage, v_channels // 8, V_GROUPS)
+    if STAGES > 2:
+        deep = _reach(v_offsets, 2, record_bytes, offset_stage, v_channels // 8, V_GROUPS)
+    for start in range(0, used, CHUNK // 8):
+        coded, b1, b2 = _chunk(
+            records, v_offsets, books, at_record, held, start, v_channels // 8, deep, record_bytes,
+            offset_stage, v_basis + row * v_basis_row + block * v_basis_block,
+            v_scale + row * v_scale_row + block * v_scale_block,
+            v_deviation + row * v_deviation_row + block * v_deviation_block,
+            v_rows + row * v_rows_row + block * v_rows_block, column, there, v_basis_channel,
+            F, CHUNK, STAGES, TILE, V_CHOSEN, CODE_KIND, PACKED,
+        )  # fmt: skip
+        mean = tl.dot(tl.trans(coded), weight, input_precision="ieee").to(CODE_KIND)
+        v1 = tl.dot(tl.trans(b1), mean, v1, input_precision="ieee")
+        v2 = tl.dot(tl.trans(b2), mean, v2, input_precision="ieee")
+    w1, w2, m1, m2 = _centre(
+        v_mean + row * v_mean_row + block * v_mean_block,
+        v_weight + row * v_weight_row + block * v_weight_block, column, there, F, V_WEIGHTED,
+    )  # fmt: skip
+    v1 = v1 * w1[:, None] * size[None, :] + m1[:, None] * total[None, :]
+    v2 = v2 * w2[:, None] * size[None, :] + m2[:, None] * total[None, :]
     out = (row * H + kv * G + g) * tiles + first_tile + tile
     tl.store(maxima + out, most, mask=own)
     tl.store(sums + out, total, mask=own)
-    mine = own[:, None] & (g[:, None] // G == i[None, :] // (2 * F))
-    tl.store(totals + out[:, None] * (2 * F) + (i % (2 * F))[None, :], summed, mask=mine)
+    mine = own[None, :] & (g[None, :] // G == j[:, None] // F)
+    at = totals + out[None, :] * (2 * F) + (j % F)[:, None]
+    tl.store(at, v1, mask=mine)
+    tl.store(at + F, v2, mask=mine)
 
 
 @triton.jit
