@@ -40,14 +40,14 @@ def _queries(
 
 @triton.jit
 def _scores(
-    q1, q2, k1, k2, cos, sin, n, held, row, t_row, t_entry, scaling,
+    q1, q2, k1, k2, cos, sin, n, row, t_row, t_entry, scaling,
     F: tl.constexpr, HEADS: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Scores ``[TILE, P]`` of keys ``[TILE, HEADS * F]``, rotated here, and queries."""
     d = tl.arange(0, HEADS * F) % F
     at = n[:, None] * t_entry + d[None, :]
-    c = tl.load(cos + row * t_row + at, mask=held[:, None], other=0.0).to(tl.float32)
-    s = tl.load(sin + row * t_row + at, mask=held[:, None], other=0.0).to(tl.float32)
+    c = tl.load(cos + row * t_row + at).to(tl.float32)
+    s = tl.load(sin + row * t_row + at).to(tl.float32)
     r1 = k1 * c - k2 * s
     r2 = k2 * c + k1 * s
     score = tl.dot(r1.to(KIND), tl.trans(q1.to(KIND)), input_precision="ieee")
@@ -78,6 +78,7 @@ def exact_tiles(
     q1, q2 = _queries(query, q_cos, q_sin, row, kv, 1, q_row, q_head, qt_row, G, P, F, HEADS)
     n = tile * TILE + tl.arange(0, TILE)
     held = n < count
+    n = tl.minimum(n, count - 1)
     j = tl.arange(0, HEADS * F)
     inside = held[:, None] & (j < F)[None, :]
     at = keys + row * k_row + kv * k_head + n[:, None] * k_entry + j[None, :]
@@ -86,7 +87,7 @@ def exact_tiles(
     e = tl.arange(0, 2 * F)
     at = values + row * v_row + kv * v_head + n[:, None] * v_entry + e[None, :]
     value = tl.load(at, mask=held[:, None], other=0.0)
-    score = _scores(q1, q2, k1, k2, cos, sin, n, held, row, t_row, t_entry, scaling, F, HEADS, KIND)
+    score = _scores(q1, q2, k1, k2, cos, sin, n, row, t_row, t_entry, scaling, F, HEADS, KIND)
     if BIASED:
         at = bias + row * b_row + kv * b_head + n
         score += tl.load(at, mask=held, other=0.0).to(tl.float32)[:, None]
@@ -119,23 +120,22 @@ def _offsets(offsets, stage, group, some, record_bytes, offset_stage):
 
 
 @triton.jit
-def _codes(records, at_record, held, offset):
+def _codes(records, at_record, offset):
     """Codes ``[TILE, WIDTH]`` at those bytes."""
-    coded = held[:, None] & (offset >= 0)[None, :]
-    return tl.load(records + at_record[:, None] + offset[None, :], mask=coded, other=0)
+    at = at_record[:, None] + offset[None, :]
+    return tl.load(records + at, mask=(offset >= 0)[None, :], other=0)
 
 
 @triton.jit
-def _words(books, code, held, offset, stage):
+def _words(books, code, offset, stage):
     """Codewords ``[TILE, WIDTH, 8]`` of a stage, zeros where there is no code."""
-    coded = held[:, None] & (offset >= 0)[None, :]
     word = ((stage * 256 + code.to(tl.int32)) * 8)[:, :, None] + tl.arange(0, 8)[None, None, :]
-    return tl.load(books + word, mask=coded[:, :, None], other=0.0)
+    return tl.load(books + word, mask=(offset >= 0)[None, :, None], other=0.0)
 
 
 @triton.jit
 def _channels(
-    records, offsets, books, at_record, held, group, some, deep, record_bytes, offset_stage,
+    records, offsets, books, at_record, group, some, deep, record_bytes, offset_stage,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums ``[TILE, WIDTH, 8]`` of the codewords of all stages.
@@ -146,31 +146,31 @@ def _channels(
     first = _offsets(offsets, 0, group, some, record_bytes, offset_stage)
     if STAGES > 1:
         second = _offsets(offsets, 1, group, some, record_bytes, offset_stage)
-        code = _codes(records, at_record, held, first)
-        other = _codes(records, at_record, held, second)
-        total = _words(books, code, held, first, 0) + _words(books, other, held, second, 1)
+        code = _codes(records, at_record, first)
+        other = _codes(records, at_record, second)
+        total = _words(books, code, first, 0) + _words(books, other, second, 1)
     else:
-        total = _words(books, _codes(records, at_record, held, first), held, first, 0)
+        total = _words(books, _codes(records, at_record, first), first, 0)
     if STAGES > 2:  # noqa: SIM102, which of the two the compiler decides
         if deep:
             third = _offsets(offsets, 2, group, some, record_bytes, offset_stage)
-            code_3 = _codes(records, at_record, held, third)
+            code_3 = _codes(records, at_record, third)
             if STAGES > 3:
                 fourth = _offsets(offsets, 3, group, some, record_bytes, offset_stage)
-                code_4 = _codes(records, at_record, held, fourth)
+                code_4 = _codes(records, at_record, fourth)
             if STAGES > 4:
                 fifth = _offsets(offsets, 4, group, some, record_bytes, offset_stage)
-                code_5 = _codes(records, at_record, held, fifth)
+                code_5 = _codes(records, at_record, fifth)
             if STAGES > 5:
                 sixth = _offsets(offsets, 5, group, some, record_bytes, offset_stage)
-                code_6 = _codes(records, at_record, held, sixth)
-            total += _words(books, code_3, held, third, 2)
+                code_6 = _codes(records, at_record, sixth)
+            total += _words(books, code_3, third, 2)
             if STAGES > 3:
-                total += _words(books, code_4, held, fourth, 3)
+                total += _words(books, code_4, fourth, 3)
             if STAGES > 4:
-                total += _words(books, code_5, held, fifth, 4)
+                total += _words(books, code_5, fifth, 4)
             if STAGES > 5:
-                total += _words(books, code_6, held, sixth, 5)
+                total += _words(books, code_6, sixth, 5)
     return total
 
 
@@ -200,28 +200,26 @@ def _halves(b, KIND: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def _chunk(
-    records, offsets, books, at_record, held, start, groups, deep, record_bytes, offset_stage,
-    basis, scale, deviation, rows, column, there, basis_channel, F: tl.constexpr,
+    records, offsets, books, at_record, start, groups, deep, record_bytes, offset_stage,
+    basis, scale, deviation, rows, column, basis_channel, F: tl.constexpr,
     CHUNK: tl.constexpr, STAGES: tl.constexpr, TILE: tl.constexpr, CHOSEN: tl.constexpr,
     KIND: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Some channels of a block: of entries ``[TILE, CHUNK]``, scaled; and both halves of their
     directions ``[CHUNK, HEADS * F]``.
     """
-    c = start * 8 + tl.arange(0, CHUNK)
-    inside = c < groups * 8
+    # What lies behind the last group has no codes, and any direction will do.
+    c = tl.minimum(start * 8 + tl.arange(0, CHUNK), groups * 8 - 1)
     which = c
     if CHOSEN:
-        which = tl.load(rows + c, mask=inside, other=0).to(tl.int32)
-    factor = tl.load(deviation + c, mask=inside, other=0.0).to(tl.float32)
-    factor *= tl.load(scale + which, mask=inside, other=0.0).to(tl.float32)
+        which = tl.load(rows + c).to(tl.int32)
     at = basis + which[:, None] * basis_channel + column[None, :]
-    mask = inside[:, None] & there[None, :]
-    b1 = tl.load(at, mask=mask, other=0)
-    b2 = tl.load(at + F, mask=mask, other=0)
+    b1 = tl.load(at)
+    b2 = tl.load(at + F)
+    factor = tl.load(deviation + c).to(tl.float32) * tl.load(scale + which).to(tl.float32)
     group = start + tl.arange(0, CHUNK // 8)
     coded = _channels(
-        records, offsets, books, at_record, held, group, group < groups, start < deep,
+        records, offsets, books, at_record, group, group < groups, start < deep,
         record_bytes, offset_stage, STAGES,
     )  # fmt: skip
     coded = tl.reshape(coded, [TILE, CHUNK]).to(tl.float32) * factor[None, :]
@@ -229,26 +227,26 @@ def _chunk(
 
 
 @triton.jit
-def _gain(records, at_record, held, start, HALF: tl.constexpr, STEPS: tl.constexpr):
+def _gain(records, at_record, start, HALF: tl.constexpr, STEPS: tl.constexpr):
     """Gains ``[TILE]``."""
-    low = tl.load(records + at_record + start, mask=held, other=0)
+    low = tl.load(records + at_record + start)
     if HALF:
-        high = tl.load(records + at_record + start + 1, mask=held, other=0)
+        high = tl.load(records + at_record + start + 1)
         bits = low.to(tl.uint16) | (high.to(tl.uint16) << 8)
         return bits.to(tl.float16, bitcast=True).to(tl.float32)
     return tl.exp2((low.to(tl.float32) - 128.0) / STEPS)
 
 
 @triton.jit
-def _centre(mean, weight, column, there, F: tl.constexpr, WEIGHTED: tl.constexpr):
+def _centre(mean, weight, column, F: tl.constexpr, WEIGHTED: tl.constexpr):
     """What both halves ``[HEADS * F]`` of a state are multiplied with, and their means."""
     w1 = tl.full(column.shape, 1.0, dtype=tl.float32)
     w2 = w1
     if WEIGHTED:
-        w1 /= tl.load(weight + column, mask=there, other=1.0).to(tl.float32)
-        w2 /= tl.load(weight + column + F, mask=there, other=1.0).to(tl.float32)
-    m1 = tl.load(mean + column, mask=there, other=0.0).to(tl.float32)
-    m2 = tl.load(mean + column + F, mask=there, other=0.0).to(tl.float32)
+        w1 /= tl.load(weight + column).to(tl.float32)
+        w2 /= tl.load(weight + column + F).to(tl.float32)
+    m1 = tl.load(mean + column).to(tl.float32)
+    m2 = tl.load(mean + column + F).to(tl.float32)
     return w1, w2, m1, m2
 
 
@@ -283,14 +281,15 @@ def coded_tiles(
     kv = block * SHARE + head
     n = tile * TILE + tl.arange(0, TILE)
     held = n < count
+    # Behind the last entry stands the last one again, which is not shown.
+    n = tl.minimum(n, count - 1)
     at_record = n * r_entry
     records += row * r_row
     k_offsets = offsets + row * offset_row + block * (k_channels // 8)
     v_offsets = offsets + row * offset_row + (blocks * k_channels + block * v_channels) // 8
     # Columns of the basis: the first half of every head of the program; the second lies F behind.
     j = tl.arange(0, HEADS * F)
-    column = (head + j // F) * 2 * F + j % F
-    there = j // F < own_heads
+    column = tl.minimum(head + j // F, SHARE - 1) * 2 * F + j % F
     k1 = tl.zeros([TILE, HEADS * F], dtype=tl.float32)
     k2 = tl.zeros([TILE, HEADS * F], dtype=tl.float32)
     used = _reach(k_offsets, 0, record_bytes, offset_stage, k_channels // 8, K_GROUPS)
@@ -299,40 +298,40 @@ def coded_tiles(
         deep = _reach(k_offsets, 2, record_bytes, offset_stage, k_channels // 8, K_GROUPS)
     for start in range(0, used, CHUNK // 8):
         coded, b1, b2 = _chunk(
-            records, k_offsets, books, at_record, held, start, k_channels // 8, deep, record_bytes,
+            records, k_offsets, books, at_record, start, k_channels // 8, deep, record_bytes,
             offset_stage, k_basis + row * k_basis_row + block * k_basis_block,
             k_scale + row * k_scale_row + block * k_scale_block,
             k_deviation + row * k_deviation_row + block * k_deviation_block,
-            k_rows + row * k_rows_row + block * k_rows_block, column, there, k_basis_channel,
+            k_rows + row * k_rows_row + block * k_rows_block, column, k_basis_channel,
             F, CHUNK, STAGES, TILE, K_CHOSEN, CODE_KIND, PACKED,
         )  # fmt: skip
         k1 = tl.dot(coded, b1, k1, input_precision="ieee")
         k2 = tl.dot(coded, b2, k2, input_precision="ieee")
     w1, w2, m1, m2 = _centre(
         k_mean + row * k_mean_row + block * k_mean_block,
-        k_weight + row * k_weight_row + block * k_weight_block, column, there, F, K_WEIGHTED,
+        k_weight + row * k_weight_row + block * k_weight_block, column, F, K_WEIGHTED,
     )  # fmt: skip
-    gain = _gain(records, at_record, held, k_gain + block * k_gain_block, HALF, STEPS)
+    gain = _gain(records, at_record, k_gain + block * k_gain_block, HALF, STEPS)
     k1 = k1 * gain[:, None] * w1[None, :] + m1[None, :]
     k2 = k2 * gain[:, None] * w2[None, :] + m2[None, :]
     q1, q2 = _queries(
         query, q_cos, q_sin, row, kv, own_heads, q_row, q_head, qt_row, G, P, F, HEADS
     )
-    score = _scores(q1, q2, k1, k2, cos, sin, n, held, row, t_row, t_entry, scaling, F, HEADS, KIND)
+    score = _scores(q1, q2, k1, k2, cos, sin, n, row, t_row, t_entry, scaling, F, HEADS, KIND)
     g = tl.arange(0, P)
     own = g < own_heads * G
     if BIASED:
         at = log_weight + row * log_row + kv + g // G
         score += tl.load(at, mask=own, other=0.0).to(tl.float32)[None, :]
-    shown = held & (tl.load(valid + row * valid_row + n, mask=held, other=0) != 0)
+    shown = held & (tl.load(valid + row * valid_row + n) != 0)
     if HIDDEN:
-        own_order = tl.load(order + row * order_row + n, mask=held, other=-1)
+        own_order = tl.load(order + row * order_row + n)
         mark = tl.arange(0, HIDDEN)
         marks = tl.load(hidden + row * hidden_row + mark, mask=mark < num_hidden, other=-2)
         same = (own_order[:, None] == marks[None, :]).to(tl.int32)
         shown = shown & (tl.sum(same, axis=1) == 0)
     most, total, weight = _weights(score, shown)
-    gain = _gain(records, at_record, held, v_gain + block * v_gain_block, HALF, STEPS)
+    gain = _gain(records, at_record, v_gain + block * v_gain_block, HALF, STEPS)
     # What is not read may decode to anything, and nothing times NaN is NaN.
     weight = tl.where(shown[:, None], weight * gain[:, None], 0.0)
     # Means of channels are as small as channels are, which sums need not be.
@@ -345,11 +344,11 @@ def coded_tiles(
         deep = _reach(v_offsets, 2, record_bytes, offset_stage, v_channels // 8, V_GROUPS)
     for start in range(0, used, CHUNK // 8):
         coded, b1, b2 = _chunk(
-            records, v_offsets, books, at_record, held, start, v_channels // 8, deep, record_bytes,
+            records, v_offsets, books, at_record, start, v_channels // 8, deep, record_bytes,
             offset_stage, v_basis + row * v_basis_row + block * v_basis_block,
             v_scale + row * v_scale_row + block * v_scale_block,
             v_deviation + row * v_deviation_row + block * v_deviation_block,
-            v_rows + row * v_rows_row + block * v_rows_block, column, there, v_basis_channel,
+            v_rows + row * v_rows_row + block * v_rows_block, column, v_basis_channel,
             F, CHUNK, STAGES, TILE, V_CHOSEN, CODE_KIND, PACKED,
         )  # fmt: skip
         mean = tl.dot(tl.trans(coded), weight, input_precision="ieee").to(CODE_KIND)
@@ -357,7 +356,7 @@ def coded_tiles(
         v2 = tl.dot(tl.trans(b2), mean, v2, input_precision="ieee")
     w1, w2, m1, m2 = _centre(
         v_mean + row * v_mean_row + block * v_mean_block,
-        v_weight + row * v_weight_row + block * v_weight_block, column, there, F, V_WEIGHTED,
+        v_weight + row * v_weight_row + block * v_weight_block, column, F, V_WEIGHTED,
     )  # fmt: skip
     v1 = v1 * w1[:, None] * size[None, :] + m1[:, None] * total[None, :]
     v2 = v2 * w2[:, None] * size[None, :] + m2[:, None] * total[None, :]
