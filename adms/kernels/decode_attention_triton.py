@@ -78,7 +78,8 @@ def fused_decode_attention(
             "use kernel='torch'"
         )
     counts = [triton.cdiv(part.keys.shape[2], EXACT_TILE) for part in exact]
-    counts += [triton.cdiv(part.records.shape[1], CODED_TILE) for part in coded]
+    coded_tile = CODED_TILE if query.dtype != torch.float32 else 32
+    counts += [triton.cdiv(part.records.shape[1], coded_tile) for part in coded]
     tiles = sum(counts)
 
     def new(*shape: int) -> torch.Tensor:
@@ -90,6 +91,7 @@ def fused_decode_attention(
     asked_strides = (query.stride(0), query.stride(1), _row_stride(cos))
     shared: dict[str, Any] = {
         "H": heads, "G": heads // kv_heads, "F": size // 2, "KIND": _kind(query.dtype),
+        "PACKED": query.dtype != torch.float32 and not triton.knobs.runtime.interpret,
     }  # fmt: skip
     first = 0
     with _Branches(query.device) as branches:
@@ -202,7 +204,7 @@ def _coded(
         _row_stride(part.cos), part.cos.stride(1), _row_stride(part.valid),
         0 if order is None else _row_stride(order), 0 if hidden is None else _row_stride(hidden),
         marks, part.records.shape[1], *numbers[:2], keys.blocks, numbers[2], **shared,
-        P=_padded(heads * shared["G"]), TILE=CODED_TILE, CHUNK=CHUNK,
+        P=_padded(heads * shared["G"]), TILE=32 if single else CODED_TILE, CHUNK=32 if single else CHUNK,
         K_GROUPS=triton.next_power_of_2(keys.channels // 8),
         V_GROUPS=triton.next_power_of_2(values.channels // 8),
         STAGES=tables.offsets.shape[1], SHARE=share, HEADS=heads,
@@ -211,9 +213,9 @@ def _coded(
         BIASED=log_weight is not None, HALF=tables.half_gain, STEPS=tables.gain_steps,
         HIDDEN=triton.next_power_of_2(marks) if marks else 0,
         CODE_KIND=tl.float32 if single else tl.float16,
-        PACKED=not single and keys.basis.dtype == values.basis.dtype == torch.int8
-        and not triton.knobs.runtime.interpret,
-        num_warps=WARPS, num_stages=STAGES, **({"maxnreg": REGISTERS} if REGISTERS else {}),
+        WHOLE=keys.basis.dtype == values.basis.dtype == torch.int8,
+        num_warps=4 if single else WARPS, num_stages=STAGES,
+        **({"maxnreg": REGISTERS} if REGISTERS and not single else {}),
     )  # fmt: skip
 
 

@@ -18,9 +18,20 @@ import triton.language as tl
 
 
 @triton.jit
+def _fixed(x, PACKED: tl.constexpr):
+    """Numbers as they are, worked out before each warp gets its copies for a matrix product."""
+    if PACKED:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False,
+            pack=32 // x.dtype.primitive_bitwidth,
+        )  # fmt: skip
+    return x
+
+
+@triton.jit
 def _queries(
     query, cos, sin, row, kv, count, q_row, q_head, t_row,
-    G: tl.constexpr, P: tl.constexpr, F: tl.constexpr, HEADS: tl.constexpr,
+    G: tl.constexpr, P: tl.constexpr, F: tl.constexpr, HEADS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Both halves ``[P, HEADS * F]`` of the queries of ``count`` KV heads, at their position.
 
@@ -35,7 +46,7 @@ def _queries(
     second = tl.load(at + F, mask=own, other=0.0).to(tl.float32)
     c = tl.load(cos + row * t_row + d).to(tl.float32)[None, :]
     s = tl.load(sin + row * t_row + d).to(tl.float32)[None, :]
-    return first * c - second * s, second * c + first * s
+    return _fixed(first * c - second * s, PACKED), _fixed(second * c + first * s, PACKED)
 
 
 @triton.jit
@@ -43,26 +54,26 @@ def _scores(
     q1, q2, k1, k2, cos, sin, n, row, t_row, t_entry, scaling,
     F: tl.constexpr, HEADS: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """Scores ``[TILE, P]`` of keys ``[TILE, HEADS * F]``, rotated here, and queries."""
+    """Scores ``[P, TILE]`` of queries and keys ``[TILE, HEADS * F]`` that are rotated here."""
     d = tl.arange(0, HEADS * F) % F
     at = n[:, None] * t_entry + d[None, :]
     c = tl.load(cos + row * t_row + at).to(tl.float32)
     s = tl.load(sin + row * t_row + at).to(tl.float32)
     r1 = k1 * c - k2 * s
     r2 = k2 * c + k1 * s
-    score = tl.dot(r1.to(KIND), tl.trans(q1.to(KIND)), input_precision="ieee")
-    score = tl.dot(r2.to(KIND), tl.trans(q2.to(KIND)), score, input_precision="ieee")
+    score = tl.dot(q1.to(KIND), tl.trans(r1.to(KIND)), input_precision="ieee")
+    score += tl.dot(q2.to(KIND), tl.trans(r2.to(KIND)), input_precision="ieee")
     return score * scaling
 
 
 @triton.jit
 def _weights(score, shown):
-    """Maximum and sum ``[P]`` of a tile, and its weights ``[TILE, P]``."""
-    score = tl.where(shown[:, None], score, float("-inf"))
-    most = tl.max(score, axis=0)
+    """Maximum and sum ``[P]`` of a tile, and its weights ``[P, TILE]``."""
+    score = tl.where(shown[None, :], score, float("-inf"))
+    most = tl.max(score, axis=1)
     base = tl.where(most == float("-inf"), 0.0, most)
-    weight = tl.exp(score - base[None, :])
-    return most, tl.sum(weight, axis=0), weight
+    weight = tl.exp(score - base[:, None])
+    return most, tl.sum(weight, axis=1), weight
 
 
 @triton.jit
@@ -71,13 +82,16 @@ def exact_tiles(
     q_row, q_head, qt_row, k_row, k_head, k_entry, v_row, v_head, v_entry, t_row, t_entry,
     valid_row, b_row, b_head, count, first_tile, tiles, scaling,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr,
-    HEADS: tl.constexpr, KIND: tl.constexpr, BIASED: tl.constexpr,
+    HEADS: tl.constexpr, KIND: tl.constexpr, BIASED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Tiles of entries as they are; a program for each KV head, the first of ``HEADS`` places."""
     tile, kv, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    q1, q2 = _queries(query, q_cos, q_sin, row, kv, 1, q_row, q_head, qt_row, G, P, F, HEADS)
+    q1, q2 = _queries(
+        query, q_cos, q_sin, row, kv, 1, q_row, q_head, qt_row, G, P, F, HEADS, PACKED
+    )
     n = tile * TILE + tl.arange(0, TILE)
     held = n < count
+    # Behind the last entry stands the last one again, which is not shown.
     n = tl.minimum(n, count - 1)
     j = tl.arange(0, HEADS * F)
     inside = held[:, None] & (j < F)[None, :]
@@ -90,18 +104,18 @@ def exact_tiles(
     score = _scores(q1, q2, k1, k2, cos, sin, n, row, t_row, t_entry, scaling, F, HEADS, KIND)
     if BIASED:
         at = bias + row * b_row + kv * b_head + n
-        score += tl.load(at, mask=held, other=0.0).to(tl.float32)[:, None]
+        score += tl.load(at, mask=held, other=0.0).to(tl.float32)[None, :]
     shown = held & (tl.load(valid + row * valid_row + n, mask=held, other=0) != 0)
     most, total, weight = _weights(score, shown)
     # What is not read may be anything, and nothing times NaN is NaN.
     value = tl.where(shown[:, None], value, 0.0)
-    summed = tl.dot(tl.trans(value.to(KIND)), weight.to(KIND), input_precision="ieee")
+    summed = tl.dot(weight.to(KIND), value.to(KIND), input_precision="ieee")
     g = tl.arange(0, P)
     own = g < G
     out = (row * H + kv * G + g) * tiles + first_tile + tile
     tl.store(maxima + out, most, mask=own)
     tl.store(sums + out, total, mask=own)
-    tl.store(totals + out[None, :] * (2 * F) + e[:, None], summed, mask=own[None, :])
+    tl.store(totals + out[:, None] * (2 * F) + e[None, :], summed, mask=own[:, None])
 
 
 @triton.jit
@@ -135,7 +149,7 @@ def _words(books, code, offset, stage):
 
 @triton.jit
 def _channels(
-    records, offsets, books, at_record, group, some, deep, record_bytes, offset_stage,
+    records, offsets, books, at_record, group, some, deep, deeper, record_bytes, offset_stage,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums ``[TILE, WIDTH, 8]`` of the codewords of all stages.
@@ -154,23 +168,22 @@ def _channels(
     if STAGES > 2:  # noqa: SIM102, which of the two the compiler decides
         if deep:
             third = _offsets(offsets, 2, group, some, record_bytes, offset_stage)
-            code_3 = _codes(records, at_record, third)
-            if STAGES > 3:
-                fourth = _offsets(offsets, 3, group, some, record_bytes, offset_stage)
-                code_4 = _codes(records, at_record, fourth)
-            if STAGES > 4:
-                fifth = _offsets(offsets, 4, group, some, record_bytes, offset_stage)
-                code_5 = _codes(records, at_record, fifth)
-            if STAGES > 5:
-                sixth = _offsets(offsets, 5, group, some, record_bytes, offset_stage)
-                code_6 = _codes(records, at_record, sixth)
-            total += _words(books, code_3, third, 2)
-            if STAGES > 3:
-                total += _words(books, code_4, fourth, 3)
-            if STAGES > 4:
-                total += _words(books, code_5, fifth, 4)
-            if STAGES > 5:
-                total += _words(books, code_6, sixth, 5)
+            total += _words(books, _codes(records, at_record, third), third, 2)
+            if STAGES > 3:  # noqa: SIM102
+                if deeper:
+                    fourth = _offsets(offsets, 3, group, some, record_bytes, offset_stage)
+                    code_4 = _codes(records, at_record, fourth)
+                    if STAGES > 4:
+                        fifth = _offsets(offsets, 4, group, some, record_bytes, offset_stage)
+                        code_5 = _codes(records, at_record, fifth)
+                    if STAGES > 5:
+                        sixth = _offsets(offsets, 5, group, some, record_bytes, offset_stage)
+                        code_6 = _codes(records, at_record, sixth)
+                    total += _words(books, code_4, fourth, 3)
+                    if STAGES > 4:
+                        total += _words(books, code_5, fifth, 4)
+                    if STAGES > 5:
+                        total += _words(books, code_6, sixth, 5)
     return total
 
 
@@ -193,14 +206,14 @@ def _halves(b, KIND: tl.constexpr, PACKED: tl.constexpr):
                 sub.f16x2 $1, $1, bias;
             }
             """,
-            "=&r,=&r,r", [b], dtype=tl.float16, is_pure=True, pack=4,
+            "=&r,=&r,r", [b], dtype=tl.float16, is_pure=False, pack=4,
         )  # fmt: skip
     return b.to(KIND)
 
 
 @triton.jit
 def _chunk(
-    records, offsets, books, at_record, start, groups, deep, record_bytes, offset_stage,
+    records, offsets, books, at_record, start, groups, deep, deeper, record_bytes, offset_stage,
     basis, scale, deviation, rows, column, basis_channel, F: tl.constexpr,
     CHUNK: tl.constexpr, STAGES: tl.constexpr, TILE: tl.constexpr, CHOSEN: tl.constexpr,
     KIND: tl.constexpr, PACKED: tl.constexpr,
@@ -208,22 +221,24 @@ def _chunk(
     """Some channels of a block: of entries ``[TILE, CHUNK]``, scaled; and both halves of their
     directions ``[CHUNK, HEADS * F]``.
     """
+    c = start * 8 + tl.arange(0, CHUNK)
+    inside = c < groups * 8
     # What lies behind the last group has no codes, and any direction will do.
-    c = tl.minimum(start * 8 + tl.arange(0, CHUNK), groups * 8 - 1)
-    which = c
+    which = tl.where(inside, c, 0)
     if CHOSEN:
-        which = tl.load(rows + c).to(tl.int32)
+        which = tl.load(rows + c, mask=inside, other=0).to(tl.int32)
     at = basis + which[:, None] * basis_channel + column[None, :]
     b1 = tl.load(at)
     b2 = tl.load(at + F)
-    factor = tl.load(deviation + c).to(tl.float32) * tl.load(scale + which).to(tl.float32)
+    factor = tl.load(deviation + c, mask=inside, other=0.0).to(tl.float32)
+    factor *= tl.load(scale + which).to(tl.float32)
     group = start + tl.arange(0, CHUNK // 8)
     coded = _channels(
         records, offsets, books, at_record, group, group < groups, start < deep,
-        record_bytes, offset_stage, STAGES,
+        start < deeper, record_bytes, offset_stage, STAGES,
     )  # fmt: skip
     coded = tl.reshape(coded, [TILE, CHUNK]).to(tl.float32) * factor[None, :]
-    return coded.to(KIND), _halves(b1, KIND, PACKED), _halves(b2, KIND, PACKED)
+    return _fixed(coded.to(KIND), PACKED), _halves(b1, KIND, PACKED), _halves(b2, KIND, PACKED)
 
 
 @triton.jit
@@ -271,6 +286,7 @@ def coded_tiles(
     K_CHOSEN: tl.constexpr, K_WEIGHTED: tl.constexpr, V_CHOSEN: tl.constexpr,
     V_WEIGHTED: tl.constexpr, BIASED: tl.constexpr, HALF: tl.constexpr, STEPS: tl.constexpr,
     HIDDEN: tl.constexpr, KIND: tl.constexpr, CODE_KIND: tl.constexpr, PACKED: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Tiles of codes; a program for ``HEADS`` of the ``SHARE`` KV heads of a block."""
     tile, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
@@ -290,21 +306,27 @@ def coded_tiles(
     # Columns of the basis: the first half of every head of the program; the second lies F behind.
     j = tl.arange(0, HEADS * F)
     column = tl.minimum(head + j // F, SHARE - 1) * 2 * F + j % F
-    k1 = tl.zeros([TILE, HEADS * F], dtype=tl.float32)
-    k2 = tl.zeros([TILE, HEADS * F], dtype=tl.float32)
+    k1 = tl.zeros([1, TILE, HEADS * F], dtype=tl.float32)
+    k2 = tl.zeros([1, TILE, HEADS * F], dtype=tl.float32)
     used = _reach(k_offsets, 0, record_bytes, offset_stage, k_channels // 8, K_GROUPS)
-    deep = 0
+    deep, deeper = 0, 0
     if STAGES > 2:
         deep = _reach(k_offsets, 2, record_bytes, offset_stage, k_channels // 8, K_GROUPS)
+    if STAGES > 3:
+        deeper = _reach(k_offsets, 3, record_bytes, offset_stage, k_channels // 8, K_GROUPS)
     for start in range(0, used, CHUNK // 8):
         coded, b1, b2 = _chunk(
-            records, k_offsets, books, at_record, start, k_channels // 8, deep, record_bytes,
+            records, k_offsets, books, at_record, start, k_channels // 8, deep, deeper,
+            record_bytes,
             offset_stage, k_basis + row * k_basis_row + block * k_basis_block,
             k_scale + row * k_scale_row + block * k_scale_block,
             k_deviation + row * k_deviation_row + block * k_deviation_block,
             k_rows + row * k_rows_row + block * k_rows_block, column, k_basis_channel,
-            F, CHUNK, STAGES, TILE, K_CHOSEN, CODE_KIND, PACKED,
+            F, CHUNK, STAGES, TILE, K_CHOSEN, CODE_KIND, PACKED and WHOLE,
         )  # fmt: skip
+        coded = tl.reshape(coded, [1, TILE, CHUNK])
+        b1 = tl.reshape(b1, [1, CHUNK, HEADS * F])
+        b2 = tl.reshape(b2, [1, CHUNK, HEADS * F])
         k1 = tl.dot(coded, b1, k1, input_precision="ieee")
         k2 = tl.dot(coded, b2, k2, input_precision="ieee")
     w1, w2, m1, m2 = _centre(
@@ -312,17 +334,19 @@ def coded_tiles(
         k_weight + row * k_weight_row + block * k_weight_block, column, F, K_WEIGHTED,
     )  # fmt: skip
     gain = _gain(records, at_record, k_gain + block * k_gain_block, HALF, STEPS)
+    k1 = tl.reshape(k1, [TILE, HEADS * F])
+    k2 = tl.reshape(k2, [TILE, HEADS * F])
     k1 = k1 * gain[:, None] * w1[None, :] + m1[None, :]
     k2 = k2 * gain[:, None] * w2[None, :] + m2[None, :]
     q1, q2 = _queries(
-        query, q_cos, q_sin, row, kv, own_heads, q_row, q_head, qt_row, G, P, F, HEADS
+        query, q_cos, q_sin, row, kv, own_heads, q_row, q_head, qt_row, G, P, F, HEADS, PACKED
     )
     score = _scores(q1, q2, k1, k2, cos, sin, n, row, t_row, t_entry, scaling, F, HEADS, KIND)
     g = tl.arange(0, P)
     own = g < own_heads * G
     if BIASED:
         at = log_weight + row * log_row + kv + g // G
-        score += tl.load(at, mask=own, other=0.0).to(tl.float32)[None, :]
+        score += tl.load(at, mask=own, other=0.0).to(tl.float32)[:, None]
     shown = held & (tl.load(valid + row * valid_row + n) != 0)
     if HIDDEN:
         own_order = tl.load(order + row * order_row + n)
@@ -333,38 +357,41 @@ def coded_tiles(
     most, total, weight = _weights(score, shown)
     gain = _gain(records, at_record, v_gain + block * v_gain_block, HALF, STEPS)
     # What is not read may decode to anything, and nothing times NaN is NaN.
-    weight = tl.where(shown[:, None], weight * gain[:, None], 0.0)
+    weight = tl.where(shown[None, :], weight * gain[None, :], 0.0)
     # Means of channels are as small as channels are, which sums need not be.
-    size = tl.sum(weight, axis=0)
-    weight = (weight / tl.where(size > 0, size, 1.0)[None, :]).to(CODE_KIND)
-    v1 = tl.zeros([HEADS * F, P], dtype=tl.float32)
-    v2 = tl.zeros([HEADS * F, P], dtype=tl.float32)
+    size = tl.sum(weight, axis=1)
+    weight = (weight / tl.where(size > 0, size, 1.0)[:, None]).to(CODE_KIND)
+    v1 = tl.zeros([P, HEADS * F], dtype=tl.float32)
+    v2 = tl.zeros([P, HEADS * F], dtype=tl.float32)
     used = _reach(v_offsets, 0, record_bytes, offset_stage, v_channels // 8, V_GROUPS)
     if STAGES > 2:
         deep = _reach(v_offsets, 2, record_bytes, offset_stage, v_channels // 8, V_GROUPS)
+    if STAGES > 3:
+        deeper = _reach(v_offsets, 3, record_bytes, offset_stage, v_channels // 8, V_GROUPS)
     for start in range(0, used, CHUNK // 8):
         coded, b1, b2 = _chunk(
-            records, v_offsets, books, at_record, start, v_channels // 8, deep, record_bytes,
+            records, v_offsets, books, at_record, start, v_channels // 8, deep, deeper,
+            record_bytes,
             offset_stage, v_basis + row * v_basis_row + block * v_basis_block,
             v_scale + row * v_scale_row + block * v_scale_block,
             v_deviation + row * v_deviation_row + block * v_deviation_block,
             v_rows + row * v_rows_row + block * v_rows_block, column, v_basis_channel,
-            F, CHUNK, STAGES, TILE, V_CHOSEN, CODE_KIND, PACKED,
+            F, CHUNK, STAGES, TILE, V_CHOSEN, CODE_KIND, PACKED and WHOLE,
         )  # fmt: skip
-        mean = tl.dot(tl.trans(coded), weight, input_precision="ieee").to(CODE_KIND)
-        v1 = tl.dot(tl.trans(b1), mean, v1, input_precision="ieee")
-        v2 = tl.dot(tl.trans(b2), mean, v2, input_precision="ieee")
+        mean = tl.dot(weight, coded, input_precision="ieee").to(CODE_KIND)
+        v1 = tl.dot(mean, b1, v1, input_precision="ieee")
+        v2 = tl.dot(mean, b2, v2, input_precision="ieee")
     w1, w2, m1, m2 = _centre(
         v_mean + row * v_mean_row + block * v_mean_block,
         v_weight + row * v_weight_row + block * v_weight_block, column, F, V_WEIGHTED,
     )  # fmt: skip
-    v1 = v1 * w1[:, None] * size[None, :] + m1[:, None] * total[None, :]
-    v2 = v2 * w2[:, None] * size[None, :] + m2[:, None] * total[None, :]
+    v1 = v1 * size[:, None] * w1[None, :] + total[:, None] * m1[None, :]
+    v2 = v2 * size[:, None] * w2[None, :] + total[:, None] * m2[None, :]
     out = (row * H + kv * G + g) * tiles + first_tile + tile
     tl.store(maxima + out, most, mask=own)
     tl.store(sums + out, total, mask=own)
-    mine = own[None, :] & (g[None, :] // G == j[:, None] // F)
-    at = totals + out[None, :] * (2 * F) + (j % F)[:, None]
+    mine = own[:, None] & (g[:, None] // G == j[None, :] // F)
+    at = totals + out[:, None] * (2 * F) + (j % F)[None, :]
     tl.store(at, v1, mask=mine)
     tl.store(at + F, v2, mask=mine)
 
