@@ -52,17 +52,17 @@ def _queries(
 @triton.jit
 def _scores(
     q1, q2, k1, k2, cos, sin, n, row, t_row, t_entry, scaling,
-    F: tl.constexpr, HEADS: tl.constexpr, KIND: tl.constexpr,
+    F: tl.constexpr, HEADS: tl.constexpr, KIND: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Scores ``[P, TILE]`` of queries and keys ``[TILE, HEADS * F]`` that are rotated here."""
     d = tl.arange(0, HEADS * F) % F
     at = n[:, None] * t_entry + d[None, :]
     c = tl.load(cos + row * t_row + at).to(tl.float32)
     s = tl.load(sin + row * t_row + at).to(tl.float32)
-    r1 = k1 * c - k2 * s
-    r2 = k2 * c + k1 * s
-    score = tl.dot(q1.to(KIND), tl.trans(r1.to(KIND)), input_precision="ieee")
-    score += tl.dot(q2.to(KIND), tl.trans(r2.to(KIND)), input_precision="ieee")
+    r1 = _fixed((k1 * c - k2 * s).to(KIND), PACKED)
+    r2 = _fixed((k2 * c + k1 * s).to(KIND), PACKED)
+    score = tl.dot(q1.to(KIND), tl.trans(r1), input_precision="ieee")
+    score = tl.dot(q2.to(KIND), tl.trans(r2), score, input_precision="ieee")
     return score * scaling
 
 
@@ -101,7 +101,8 @@ def exact_tiles(
     e = tl.arange(0, 2 * F)
     at = values + row * v_row + kv * v_head + n[:, None] * v_entry + e[None, :]
     value = tl.load(at, mask=held[:, None], other=0.0)
-    score = _scores(q1, q2, k1, k2, cos, sin, n, row, t_row, t_entry, scaling, F, HEADS, KIND)
+    score = _scores(q1, q2, k1, k2, cos, sin, n, row, t_row, t_entry, scaling, F, HEADS, KIND,
+        PACKED)
     if BIASED:
         at = bias + row * b_row + kv * b_head + n
         score += tl.load(at, mask=held, other=0.0).to(tl.float32)[None, :]
@@ -341,7 +342,8 @@ def coded_tiles(
     q1, q2 = _queries(
         query, q_cos, q_sin, row, kv, own_heads, q_row, q_head, qt_row, G, P, F, HEADS, PACKED
     )
-    score = _scores(q1, q2, k1, k2, cos, sin, n, row, t_row, t_entry, scaling, F, HEADS, KIND)
+    score = _scores(q1, q2, k1, k2, cos, sin, n, row, t_row, t_entry, scaling, F, HEADS, KIND,
+        PACKED)
     g = tl.arange(0, P)
     own = g < own_heads * G
     if BIASED:
