@@ -29,6 +29,20 @@ def _fixed(x, PACKED: tl.constexpr):
 
 
 @triton.jit
+def _publish(PACKED: tl.constexpr):
+    """Lets products that read shared memory by themselves see what all threads have written there.
+
+    Triton's own fence can come after its barrier, where an operand passes through shared memory.
+    """
+    if PACKED:
+        tl.inline_asm_elementwise(
+            "fence.proxy.async.shared::cta; mov.b32 $0, $1;", "=r,r", [tl.arange(0, 32)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+        tl.debug_barrier()
+
+
+@triton.jit
 def _queries(
     query, cos, sin, row, kv, count, q_row, q_head, t_row,
     G: tl.constexpr, P: tl.constexpr, F: tl.constexpr, HEADS: tl.constexpr, PACKED: tl.constexpr,
@@ -231,15 +245,20 @@ def _chunk(
     at = basis + which[:, None] * basis_channel + column[None, :]
     b1 = tl.load(at)
     b2 = tl.load(at + F)
+    group = start + tl.arange(0, CHUNK // 8)
+    c = group[:, None] * 8 + tl.arange(0, 8)[None, :]
+    inside = (group < groups)[:, None]
+    which = tl.where(inside, c, 0)
+    if CHOSEN:
+        which = tl.load(rows + c, mask=inside, other=0).to(tl.int32)
     factor = tl.load(deviation + c, mask=inside, other=0.0).to(tl.float32)
     factor *= tl.load(scale + which).to(tl.float32)
-    group = start + tl.arange(0, CHUNK // 8)
     coded = _channels(
         records, offsets, books, at_record, group, group < groups, start < deep,
         start < deeper, record_bytes, offset_stage, STAGES,
     )  # fmt: skip
-    coded = tl.reshape(coded, [TILE, CHUNK]).to(tl.float32) * factor[None, :]
-    return _fixed(coded.to(KIND), PACKED), _halves(b1, KIND, PACKED), _halves(b2, KIND, PACKED)
+    coded = _fixed(tl.reshape(coded * factor.to(KIND)[None, :, :], [TILE, CHUNK]), PACKED)
+    return coded, _halves(b1, KIND, PACKED), _halves(b2, KIND, PACKED)
 
 
 @triton.jit
@@ -307,8 +326,8 @@ def coded_tiles(
     # Columns of the basis: the first half of every head of the program; the second lies F behind.
     j = tl.arange(0, HEADS * F)
     column = tl.minimum(head + j // F, SHARE - 1) * 2 * F + j % F
-    k1 = tl.zeros([1, TILE, HEADS * F], dtype=tl.float32)
-    k2 = tl.zeros([1, TILE, HEADS * F], dtype=tl.float32)
+    k1 = tl.zeros([TILE, HEADS * F], dtype=tl.float32)
+    k2 = tl.zeros([TILE, HEADS * F], dtype=tl.float32)
     used = _reach(k_offsets, 0, record_bytes, offset_stage, k_channels // 8, K_GROUPS)
     deep, deeper = 0, 0
     if STAGES > 2:
@@ -325,9 +344,7 @@ def coded_tiles(
             k_rows + row * k_rows_row + block * k_rows_block, column, k_basis_channel,
             F, CHUNK, STAGES, TILE, K_CHOSEN, CODE_KIND, PACKED and WHOLE,
         )  # fmt: skip
-        coded = tl.reshape(coded, [1, TILE, CHUNK])
-        b1 = tl.reshape(b1, [1, CHUNK, HEADS * F])
-        b2 = tl.reshape(b2, [1, CHUNK, HEADS * F])
+        _publish(PACKED)
         k1 = tl.dot(coded, b1, k1, input_precision="ieee")
         k2 = tl.dot(coded, b2, k2, input_precision="ieee")
     w1, w2, m1, m2 = _centre(
@@ -335,8 +352,6 @@ def coded_tiles(
         k_weight + row * k_weight_row + block * k_weight_block, column, F, K_WEIGHTED,
     )  # fmt: skip
     gain = _gain(records, at_record, k_gain + block * k_gain_block, HALF, STEPS)
-    k1 = tl.reshape(k1, [TILE, HEADS * F])
-    k2 = tl.reshape(k2, [TILE, HEADS * F])
     k1 = k1 * gain[:, None] * w1[None, :] + m1[None, :]
     k2 = k2 * gain[:, None] * w2[None, :] + m2[None, :]
     q1, q2 = _queries(
