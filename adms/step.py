@@ -21,7 +21,7 @@ from adms.attention.tiered import landmark_positions
 from adms.cache import ADMSKVCache
 from adms.compressors.tables import CodeTables
 from adms.kernels.decode_attention import decode_attention, write_token
-from adms.kernels.parts import CodedPart, ExactPart, is_among
+from adms.kernels.parts import CodedPart, ExactPart
 from adms.layer import ADMSLayer
 from adms.positions import ForwardView, MiddleView
 from adms.step_buffers import FULL, Held, Shared
@@ -209,9 +209,9 @@ class DecodeStep:
         shown = torch.ones_like(found.order).bool() if found.valid is None else found.valid
         held.positions = torch.cat([positions, pad(found.positions, (0, missing))], dim=1)
         held.valid = pad(shown, (0, missing))
-        held.order = pad(found.order, (0, missing), value=-1).to(torch.int32)
         if self.phase == "coded" and geometry.landmarks:
-            self._hold_landmarks(held, view, found, middle)
+            order = pad(found.order, (0, missing), value=-1)
+            held.valid = held.valid & ~self._hold_landmarks(held, view, found, middle, order)
         return held
 
     def _hold_tables(self) -> None:
@@ -229,8 +229,14 @@ class DecodeStep:
         self.moved = False
 
     def _hold_landmarks(
-        self, held: Held, view: ForwardView, found: MiddleView, middle: MiddleTier
-    ) -> None:
+        self,
+        held: Held,
+        view: ForwardView,
+        found: MiddleView,
+        middle: MiddleTier,
+        order: torch.Tensor,
+    ) -> torch.Tensor:
+        """Which entries ``[B, N]``, numbered by ``order [R, N]``, landmarks are read for instead."""
         geometry = middle.plan.geometry
         # The same in all layers, which choose them together.
         tokens = middle.landmark_tokens()
@@ -242,10 +248,9 @@ class DecodeStep:
             [view.sizes.sink + total - geometry.held(total) for total in totals],
             device=self.device,
         )
-        hidden = torch.where(held.mark_valid, tokens - first[:, None], -1).clamp(min=-1)
         if geometry.entries_per_record != geometry.block_tokens:
-            hidden = torch.full_like(hidden, -1)
-        held.hidden = hidden.to(torch.int32)
+            return torch.zeros_like(order).bool()
+        return _is_among(order, torch.where(held.mark_valid, tokens - first[:, None], -1))
 
     def _shared(self) -> Shared:
         """From the buffers alone, on the device."""
@@ -314,25 +319,20 @@ class DecodeStep:
         held = self.held
         if held is None or held.valid is None:
             raise RuntimeError("a middle before its buffers")
-        hidden = held.hidden
-        order = held.order if hidden is not None else None
         tables, mark_tables = found
         if tables is not None:
             records = middle.records()[:, : held.valid.shape[1]]
-            coded.append(CodedPart(records, tables, *shared.middle, held.valid, order, hidden))
+            coded.append(CodedPart(records, tables, *shared.middle, held.valid))
         else:
             total = FULL if self.phase == "coded" else middle.plan.geometry.raw_tokens
             entries = middle.read([total] * self.batch)
             if entries is None:
                 raise RuntimeError("a middle with tokens was read as empty")
-            valid = held.valid
-            width = valid.shape[1]
-            if order is not None and hidden is not None:
-                valid = valid & ~is_among(order, hidden)
+            width = held.valid.shape[1]
             keys, values = entries.keys[:, :, :width], entries.values[:, :, :width]
             weight = entries.log_weight
             weight = None if weight is None else weight[:, :, :width]
-            parts.append(ExactPart(keys, values, *shared.middle, valid, weight))
+            parts.append(ExactPart(keys, values, *shared.middle, held.valid, weight))
         if shared.marks is None or held.mark_valid is None:
             return
         shown = held.mark_valid
@@ -424,6 +424,18 @@ def _compiled_layers(decoder: Any) -> Iterator[None]:
                 del layer.forward
             else:
                 layer.forward = own
+
+
+def _is_among(order: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Which of the numbers ``[R, N]`` are among ``[B, L]``: ``[B, N]``; negative ones never are."""
+    rows, count = hidden.shape[0], order.shape[1]
+    # One place more than there are numbers, for what is no number of an entry.
+    marked = torch.zeros(rows, count + 1, dtype=torch.bool, device=order.device)
+    index = torch.where((hidden >= 0) & (hidden < count), hidden, count).long()
+    marked.scatter_(1, index, True)
+    marked[:, count] = False
+    index = torch.where(order >= 0, order, count).long().expand(rows, -1)
+    return marked.gather(1, index)
 
 
 def phase_of(middle: MiddleTier | None, total: int) -> str:

@@ -25,11 +25,10 @@ class Held:
         tokens: ``[R, S]`` int64, what each exact slot holds until the next commit.
         kept: ``[R, S]`` whether it holds anything by then.
         positions: ``[R, S + N]`` float32 cache positions of exact slots and the middle.
-        valid: ``[R, N]`` which entries of the middle are there.
-        order: ``[R, N]`` int32 their numbers.
+        valid: ``[R, N]`` which entries of the middle are read: those that are there and that no
+            landmark stands for.
         mark_positions: ``[B, M]`` float32.
         mark_valid: ``[B, M]``.
-        hidden: ``[B, M]`` int32 numbers of the entries that landmarks stand for.
     """
 
     seen: torch.Tensor
@@ -37,10 +36,8 @@ class Held:
     kept: torch.Tensor
     positions: torch.Tensor
     valid: torch.Tensor | None = None
-    order: torch.Tensor | None = None
     mark_positions: torch.Tensor | None = None
     mark_valid: torch.Tensor | None = None
-    hidden: torch.Tensor | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         """All of them."""
@@ -87,8 +84,8 @@ def planned_bytes(
     # As the fields of ``Held`` come: counts, then slots, entries and landmarks.
     a_row = 8 + slots * (8 + 1 + 4)
     if geometry is not None:
-        a_row += max(geometry.raw_tokens, geometry.num_entries(FULL)) * (4 + 1 + 4)
-        a_row += geometry.landmarks * (4 + 1 + 4)
+        a_row += max(geometry.raw_tokens, geometry.num_entries(FULL)) * (4 + 1)
+        a_row += geometry.landmarks * (4 + 1)
     if geometry is not None and geometry.capacity:
         # Of codes and of landmarks, which may have codes of their own: offsets for every stage and
         # group, and one more.

@@ -76,7 +76,7 @@ def plain_decode_attention(
         channels = channels_of(coded_part).to(dtype)
         gain = gains_of(coded_part, coded_part.tables.keys)
         keys = restore(coded_part.tables.keys, channels[:, :, :split], gain, kv_heads)
-        score = _scores(grouped, keys, coded_part, coded_part.visible())
+        score = _scores(grouped, keys, coded_part, coded_part.valid)
         log_weight = coded_part.tables.log_weight
         if log_weight is not None:
             score = score + log_weight[:, :, None, None].to(dtype)

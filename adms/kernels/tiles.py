@@ -273,13 +273,25 @@ def _gain(records, at_record, start, HALF: tl.constexpr, STEPS: tl.constexpr):
 
 
 @triton.jit
-def _centre(mean, weight, column, F: tl.constexpr, WEIGHTED: tl.constexpr):
+def _inverse(x, PACKED: tl.constexpr):
+    """One over numbers that are neither tiny nor huge."""
+    if PACKED:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return 1.0 / x
+
+
+@triton.jit
+def _centre(
+    mean, weight, column, F: tl.constexpr, WEIGHTED: tl.constexpr, PACKED: tl.constexpr
+):  # fmt: skip
     """What both halves ``[HEADS * F]`` of a state are multiplied with, and their means."""
     w1 = tl.full(column.shape, 1.0, dtype=tl.float32)
     w2 = w1
     if WEIGHTED:
-        w1 /= tl.load(weight + column).to(tl.float32)
-        w2 /= tl.load(weight + column + F).to(tl.float32)
+        w1 = _inverse(tl.load(weight + column).to(tl.float32), PACKED)
+        w2 = _inverse(tl.load(weight + column + F).to(tl.float32), PACKED)
     m1 = tl.load(mean + column).to(tl.float32)
     m2 = tl.load(mean + column + F).to(tl.float32)
     return w1, w2, m1, m2
@@ -290,7 +302,7 @@ def coded_tiles(
     query, q_cos, q_sin, records, offsets, books,
     k_basis, k_scale, k_deviation, k_mean, k_rows, k_weight,
     v_basis, v_scale, v_deviation, v_mean, v_rows, v_weight,
-    log_weight, cos, sin, valid, order, hidden, maxima, sums, totals,
+    log_weight, cos, sin, valid, maxima, sums, totals,
     q_row, q_head, qt_row, r_row, r_entry, record_bytes, offset_row, offset_stage,
     k_basis_row, k_basis_block, k_basis_channel, k_scale_row, k_scale_block, k_deviation_row,
     k_deviation_block, k_mean_row, k_mean_block, k_rows_row, k_rows_block, k_weight_row,
@@ -298,14 +310,14 @@ def coded_tiles(
     v_basis_row, v_basis_block, v_basis_channel, v_scale_row, v_scale_block, v_deviation_row,
     v_deviation_block, v_mean_row, v_mean_block, v_rows_row, v_rows_block, v_weight_row,
     v_weight_block, v_gain, v_gain_block, v_channels, log_row,
-    t_row, t_entry, valid_row, order_row, hidden_row, num_hidden, count, first_tile, tiles, blocks,
+    t_row, t_entry, valid_row, count, first_tile, tiles, blocks,
     scaling,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr,
     CHUNK: tl.constexpr, STAGES: tl.constexpr, SHARE: tl.constexpr, HEADS: tl.constexpr,
     K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
     K_CHOSEN: tl.constexpr, K_WEIGHTED: tl.constexpr, V_CHOSEN: tl.constexpr,
     V_WEIGHTED: tl.constexpr, BIASED: tl.constexpr, HALF: tl.constexpr, STEPS: tl.constexpr,
-    HIDDEN: tl.constexpr, KIND: tl.constexpr, CODE_KIND: tl.constexpr, PACKED: tl.constexpr,
+    KIND: tl.constexpr, CODE_KIND: tl.constexpr, PACKED: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Tiles of codes; a program for ``HEADS`` of the ``SHARE`` KV heads of a block."""
@@ -349,7 +361,7 @@ def coded_tiles(
         k2 = tl.dot(coded, b2, k2, input_precision="ieee")
     w1, w2, m1, m2 = _centre(
         k_mean + row * k_mean_row + block * k_mean_block,
-        k_weight + row * k_weight_row + block * k_weight_block, column, F, K_WEIGHTED,
+        k_weight + row * k_weight_row + block * k_weight_block, column, F, K_WEIGHTED, PACKED,
     )  # fmt: skip
     gain = _gain(records, at_record, k_gain + block * k_gain_block, HALF, STEPS)
     k1 = k1 * gain[:, None] * w1[None, :] + m1[None, :]
@@ -365,12 +377,6 @@ def coded_tiles(
         at = log_weight + row * log_row + kv + g // G
         score += tl.load(at, mask=own, other=0.0).to(tl.float32)[:, None]
     shown = held & (tl.load(valid + row * valid_row + n) != 0)
-    if HIDDEN:
-        own_order = tl.load(order + row * order_row + n)
-        mark = tl.arange(0, HIDDEN)
-        marks = tl.load(hidden + row * hidden_row + mark, mask=mark < num_hidden, other=-2)
-        same = (own_order[:, None] == marks[None, :]).to(tl.int32)
-        shown = shown & (tl.sum(same, axis=1) == 0)
     most, total, weight = _weights(score, shown)
     gain = _gain(records, at_record, v_gain + block * v_gain_block, HALF, STEPS)
     # What is not read may decode to anything, and nothing times NaN is NaN.
@@ -400,7 +406,7 @@ def coded_tiles(
         v2 = tl.dot(mean, b2, v2, input_precision="ieee")
     w1, w2, m1, m2 = _centre(
         v_mean + row * v_mean_row + block * v_mean_block,
-        v_weight + row * v_weight_row + block * v_weight_block, column, F, V_WEIGHTED,
+        v_weight + row * v_weight_row + block * v_weight_block, column, F, V_WEIGHTED, PACKED,
     )  # fmt: skip
     v1 = v1 * size[:, None] * w1[None, :] + total[:, None] * m1[None, :]
     v2 = v2 * size[:, None] * w2[None, :] + total[:, None] * m2[None, :]
