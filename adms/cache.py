@@ -10,6 +10,7 @@ Shapes: ``B`` rows, ``K`` KV heads, ``Q`` new tokens, ``D``/``E`` head sizes of 
 
 import contextlib
 import copy
+import math
 import os
 import weakref
 from collections.abc import Iterator
@@ -363,18 +364,16 @@ class ADMSKVCache(Cache):
             )
 
     def _require_finite(self, layers: list[ADMSLayer | WindowLayer]) -> None:
-        flags = [(layer, layer.finite) for layer in layers if layer.finite is not None]
-        if len(flags) < len(layers):
-            missing = next(layer.layer_idx for layer in layers if layer.finite is None)
-            raise CacheStateError(
-                f"layer {missing} received no tokens in this pass; every attention layer must run"
-            )
-        devices = {flag.device for _, flag in flags}
-        for device in devices:
-            own = [(layer, flag) for layer, flag in flags if flag.device == device]
+        for layer in layers:
+            if layer.finite is None and layer.staged is None:
+                raise CacheStateError(
+                    f"layer {layer.layer_idx} received no tokens in this pass; every attention "
+                    "layer must run"
+                )
+        for device in {layer.device for layer in layers}:
+            own = [layer for layer in layers if layer.device == device]
             # One question to the device per pass, not one per layer.
-            answers = torch.stack([flag for _, flag in own]).tolist()
-            for (layer, _), finite in zip(own, answers, strict=True):
+            for layer, finite in zip(own, _are_finite(own).tolist(), strict=True):
                 if not finite:
                     raise ADMSValueError(
                         f"keys or values of layer {layer.layer_idx} hold NaN or infinity; the "
@@ -485,7 +484,10 @@ class ADMSKVCache(Cache):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hands a layer its new tokens; see ``ADMSLayer.update``."""
-        self.require_view()
+        if self.require_view().is_step:
+            # Attention stores them on its way. Which layer it is must not be asked here, see
+            # ``compiled_layers``.
+            return key_states, value_states
         return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -649,3 +651,20 @@ class ADMSKVCache(Cache):
                 twin.__dict__[name] = value if shared else copy.deepcopy(value, memo)
             twin._owner = {}
         return twin
+
+
+def _are_finite(layers: list[ADMSLayer | WindowLayer]) -> torch.Tensor:
+    """Whether each layer's new tokens are finite, ``[L]`` on their device."""
+    staged = [layer for layer in layers if layer.finite is None]
+    if not staged:
+        return torch.stack([layer.finite for layer in layers if layer.finite is not None])
+    # Two operations for all layers: the largest is NaN or infinite where any number is.
+    tensors = [
+        part
+        for layer in staged
+        if layer.staged is not None
+        for part in (layer.staged.keys, layer.staged.values)
+    ]
+    largest = torch.stack(torch._foreach_norm(tensors, math.inf))
+    found = iter(largest.isfinite().view(-1, 2).all(1))
+    return torch.stack([next(found) if one.finite is None else one.finite for one in layers])

@@ -122,6 +122,7 @@ class ForwardView:
         self._counts = [timeline.seen[:rows], timeline.evicted[:rows], new[:rows]]
         self._middles: dict[MiddleGeometry, MiddleView] = {}
         self._spans: dict[MiddleGeometry, torch.Tensor] = {}
+        self._exact: tuple[torch.Tensor, torch.Tensor | None] | None = None
         #: whether the pass is one of a ``DecodeStep``, which has buffers of its own
         self.is_step = False
         #: ``[B]`` text position before which a family has the middle forgotten, or None
@@ -160,6 +161,7 @@ class ForwardView:
         """Lets go of every tensor; the counts stay."""
         self._middles.clear()
         self._spans.clear()
+        self._exact = None
         self.shared.clear()
         self.__dict__.pop("counts", None)
 
@@ -183,6 +185,11 @@ class ForwardView:
 
     def exact_tokens(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Text positions ``[B, N]`` of the exact slots in ``exact_slice`` and their validity."""
+        if self._exact is None:
+            self._exact = self._make_exact_tokens()
+        return self._exact
+
+    def _make_exact_tokens(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         start, stop = self.exact_slice
         sink = self.sizes.sink
         written = self.seen + (self.fresh if self.in_ring else 0)

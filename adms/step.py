@@ -9,9 +9,8 @@ Shapes: ``L`` layers, ``B`` rows, ``R`` rows or 1 where all rows agree, ``H`` qu
 heads, ``S`` exact slots, ``N`` entries of the middle, ``M`` landmarks, ``D`` head size.
 """
 
-import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import nn
 
 from adms.attention.tiered import landmark_positions
 from adms.cache import ADMSKVCache
+from adms.compiled_layers import compiled_layers
 from adms.compressors.tables import CodeTables
 from adms.kernels.decode_attention import decode_attention, write_token
 from adms.kernels.parts import CodedPart, ExactPart
@@ -30,10 +30,6 @@ from adms.timeline import ring_tokens
 
 # Passes before a capture, in which kernels are compiled and libraries set themselves up.
 WARMUP_PASSES = 2
-# What compiles the layers of a pass that is captured; None captures them as they are.
-BACKEND: str | None = "inductor"
-# Compiled forms of one kind of layer, over all captures of a process.
-MOST_CAPTURED_LAYERS = 2**16
 Tables = tuple[CodeTables | None, CodeTables | None]
 
 
@@ -59,13 +55,6 @@ class DecodeStep:
             # Copied when the model was enabled, which may have moved since.
             embedding.to(self.device)
         self.pointers = _pointers(self.layers)
-        self.indices = {
-            layer.exact.keys.data_ptr(): index
-            for index, layer in enumerate(self.layers)
-            if layer.exact is not None
-        }
-        for place in self.indices:
-            _BY_RING[place] = self
         self.flags = torch.zeros(len(self.layers), dtype=torch.uint8, device=self.device)
         pinned = self.device.type == "cuda"
         self.flags_host = torch.zeros(len(self.layers), dtype=torch.uint8, pin_memory=pinned)
@@ -93,7 +82,7 @@ class DecodeStep:
         """Everything that is kept between passes."""
         held = [] if self.held is None else self.held.tensors()
         # Codes and landmarks may be read by the same.
-        found = [one.offsets for tables in self.tables for one in tables if one is not None]
+        found = [part for tables in self.tables for one in tables if one for part in one.tensors()]
         held += list({id(part): part for part in found}.values())
         own = [self.flags, self.flags_host, self.inputs, getattr(self.output, "hidden", None)]
         return held + [part for part in own if part is not None]
@@ -158,7 +147,7 @@ class DecodeStep:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
-        with _compiled_layers(self.decoder()):
+        with compiled_layers(self.decoder(), self.attend):
             with torch.cuda.stream(side):
                 for _ in range(WARMUP_PASSES):
                     # The next slot may hold a token that is still read.
@@ -219,8 +208,13 @@ class DecodeStep:
         if self.phase != "coded" or (self.tables and not self.moved):
             return
         found = [layer.middle.tables() for layer in self.layers if layer.middle is not None]
-        if not self.tables:
+        if not self.fused:
+            # The twin reads what there is and no more.
+            found = [tuple(one and one.trimmed() for one in tables) for tables in found]
+        if not self.tables or not self.fused:
             self.tables = found
+            self.moved = False
+            return
         for before, after in zip(self.tables, found, strict=True):
             for own, new in zip(before, after, strict=True):
                 if own is not None and new is not None and own is not new:
@@ -236,7 +230,7 @@ class DecodeStep:
         middle: MiddleTier,
         order: torch.Tensor,
     ) -> torch.Tensor:
-        """Which entries ``[B, N]``, numbered by ``order [R, N]``, landmarks are read for instead."""
+        """Which entries ``[B, N]``, whose numbers are ``order [R, N]``, landmarks stand for."""
         geometry = middle.plan.geometry
         # The same in all layers, which choose them together.
         tokens = middle.landmark_tokens()
@@ -291,6 +285,7 @@ class DecodeStep:
         exact = layer.exact
         if shared is None or exact is None:
             raise RuntimeError("attention of a step outside of its pass")
+        layer.require_alike(exact, key, value)
         flag = self.flags[index : index + 1]
         if self.fused:
             from adms.kernels.decode_attention_triton import fused_write_token
@@ -344,40 +339,6 @@ class DecodeStep:
             parts.append(ExactPart(marks.keys, marks.values, *shared.marks, shown))
 
 
-# Steps by the place of a layer's ring. Torch's compiler sees an attention that is given the ring,
-# the same for every layer, and nothing of what a step is.
-_BY_RING: "weakref.WeakValueDictionary[int, DecodeStep]" = weakref.WeakValueDictionary()
-
-
-@torch.library.custom_op("adms::step_attention", mutates_args=())
-def step_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ring: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    """Attention of a step under way.
-
-    What it changes, the slot in flight, nothing else in the pass reads.
-
-    Args:
-        query: ``[B, H, 1, D]`` before positions.
-        key, value: ``[B, K, 1, D]`` of the token in flight.
-        ring: the layer's exact keys, which name the layer.
-        scaling: factor of the scores.
-
-    Returns:
-        ``[B, 1, H, D]``.
-    """
-    step = _BY_RING[ring.data_ptr()]
-    return step.attend(step.indices[ring.data_ptr()], query, key, value, scaling)
-
-
-@step_attention.register_fake
-def _(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ring: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    rows, heads, count, size = query.shape
-    return query.new_empty(rows, count, heads, size)
-
-
 class _Output:
     """Makes the decoder's output anew for every pass, from the place where it is written."""
 
@@ -394,36 +355,6 @@ class _Output:
         if self.is_tuple:
             return (hidden, *self.rest)
         return self.made(last_hidden_state=hidden, past_key_values=self.cache)
-
-
-@contextlib.contextmanager
-def _compiled_layers(decoder: Any) -> Iterator[None]:
-    """Has every layer of a decoder compiled on its own while the block runs.
-
-    Compiled together they take as many times longer as there are layers; apart, the compiler finds
-    the code of the first one in its cache again.
-    """
-    if BACKEND is None or decoder is None:
-        yield
-        return
-    before = [layer.__dict__.get("forward") for layer in decoder.layers]
-    try:
-        for layer in decoder.layers:
-            layer.forward = torch.compile(
-                layer.forward, backend=BACKEND, fullgraph=True, dynamic=False
-            )
-        # The layers of all models of a kind share one function, and each capture of each layer has
-        # its own entry there, which is used once.
-        with torch._dynamo.config.patch(
-            recompile_limit=MOST_CAPTURED_LAYERS, accumulated_recompile_limit=MOST_CAPTURED_LAYERS
-        ):
-            yield
-    finally:
-        for layer, own in zip(decoder.layers, before, strict=True):
-            if own is None:
-                del layer.forward
-            else:
-                layer.forward = own
 
 
 def _is_among(order: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import dataclasses
 import torch
 
 from adms.compressors.codebooks import GROUP, shipped
+from adms.compressors.tables import BAG_BYTES
 from adms.config import Sizes
 from adms.positions import MiddleGeometry
 
@@ -88,7 +89,8 @@ def planned_bytes(
         a_row += geometry.landmarks * (4 + 1)
     if geometry is not None and geometry.capacity:
         # Of codes and of landmarks, which may have codes of their own: offsets for every stage and
-        # group, and one more.
-        a_row += 2 * layers * 4 * (len(shipped()[0]) * -(-elements // GROUP) + 1)
+        # group, and one more; where they are read in plain PyTorch, their bags too.
+        groups = -(-elements // GROUP)
+        a_row += 2 * layers * ((4 + BAG_BYTES) * len(shipped()[0]) * groups + 4 * (groups + 1))
     # A token's number or state on the way in, its state on the way out, two flags a layer.
     return batch * (a_row + 8 + 2 * hidden_bytes) + 2 * layers

@@ -79,7 +79,7 @@ ERRORS = [
     [
         (LowRankCoder, "fit", 1024, 1),
         (LowRankCoder, "decode", 1024, 1),
-        (ADMSLayer, "update", 1024, 1),
+        (adms.ADMSKVCache, "update", 1024, 1),
         # Layer by layer: the first one was through already.
         (LowRankCoder, "encode", 1, 1),
         (MiddleStack, "prepare", 1, 1),

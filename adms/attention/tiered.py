@@ -19,6 +19,7 @@ from adms.attention.sparse_scores import Blocks, cut_blocks
 from adms.binding import PositionScheme
 from adms.cache import ADMSKVCache
 from adms.entries import Entries
+from adms.kernels.states import decodes_by_kernel
 from adms.layer import ADMSLayer
 from adms.positions import ForwardView, MiddleGeometry, MiddleView
 from adms.tiers.middle import MiddleTier
@@ -208,7 +209,12 @@ def _middle_parts(
         return []
     timeline = cache.timeline
     totals = [timeline.middle_tokens(row) for row in range(timeline.batch_size)]
-    entries = layer.middle.read(totals)
+    whole = fine = None
+    if decodes_by_kernel(cache.binding_for_use.kernel, like) and all(
+        map(geometry.is_coded, totals)
+    ):
+        whole, fine = layer.middle.tables()
+    entries = layer.middle.read(totals, whole)
     if entries is None:
         return []
     middle = view.middle(geometry)
@@ -219,7 +225,7 @@ def _middle_parts(
     positions, tables = _shared(view, "middle", geometry, lambda: middle.positions, scheme, like)
     parts = [Part(_with_valid(entries, known, like.device), positions, tables)]
     if geometry.landmarks and any(geometry.is_coded(total) for total in totals):
-        marks, marked = layer.middle.landmarks(totals)
+        marks, marked = layer.middle.landmarks(totals, fine)
         coded = torch.tensor([geometry.is_coded(total) for total in totals], device=like.device)
         tokens = torch.where(coded[:, None], marked, -1)
         if view.forgotten is not None:

@@ -20,6 +20,12 @@ def main(
     samples: Annotated[
         int, typer.Option(min=1, help="Streams, each beginning where the last ended.")
     ] = 1,
+    together: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Streams read at a time, as rows of a batch, for a GPU. Baselines take one."
+        ),
+    ] = 1,
     offset: options.Offset = 0,
     measure_from: Annotated[
         int | None,
@@ -78,6 +84,7 @@ def main(
             budgets=tuple(compressed_budget),
             tokens=tokens,
             samples=samples,
+            together=together,
             offset=offset,
             measure_from=measure_from,
             equal_memory=equal_memory,

@@ -30,11 +30,20 @@ def main(
         str, typer.Option(help="Where the fact stands, 0 (start) to 1 (end).")
     ] = "0.3,0.5,0.7",
     trials: Annotated[int, typer.Option(min=1, help="Questions for each length and depth.")] = 5,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens from one trial's text to the next one's; else the length, so that no "
+            "text is read twice.",
+        ),
+    ] = None,
     together: Annotated[
         int,
         typer.Option(
             min=1,
-            help="Trials read at a time, as rows of a batch, for a GPU. Baselines take one.",
+            help="Trials of all depths read at a time, as rows of a batch, for a GPU. Baselines "
+            "take one.",
         ),
     ] = 1,
     methods: options.Methods = f"{FULL},{STREAMING},{ADMS}",
@@ -73,6 +82,7 @@ def main(
             lengths=options.numbers(lengths, int, "--lengths"),
             depths=options.numbers(depths, float, "--depths"),
             trials=trials,
+            stride=stride,
             together=together,
             seed=seed,
             dtype=dtype,

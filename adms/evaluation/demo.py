@@ -134,7 +134,7 @@ def measure(
 
 def table_rows(outcomes: list[Outcome], first: int) -> list[dict[str, Any]]:
     """One row a method."""
-    quality = {one.method.name: perplexity(one.trace.losses[first - 1 :]) for one in outcomes}
+    quality = {one.method.name: perplexity(one.trace.losses[0, first - 1 :]) for one in outcomes}
     rows = []
     for one in outcomes:
         name = one.method.name
@@ -172,7 +172,7 @@ def terminal_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def difference_line(outcomes: list[Outcome], first: int) -> str:
     """ADMS against StreamingLLM token by token, with an interval."""
-    by_name = {one.method.name: one.trace.losses[first - 1 :] for one in outcomes}
+    by_name = {one.method.name: one.trace.losses[0, first - 1 :] for one in outcomes}
     interval = block_bootstrap(by_name[ADMS] - by_name[STREAMING])
     return (
         f"ADMS minus StreamingLLM, loss per token: {interval.estimate:+.4f} nats "
@@ -320,7 +320,7 @@ def run(
             Line(
                 one.method.name,
                 one.method.label,
-                one.trace.losses,
+                one.trace.losses[0],
                 one.trace.tokens,
                 one.trace.nbytes,
             )

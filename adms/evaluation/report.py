@@ -183,7 +183,11 @@ def stream_lines(folder: RunFolder, units: list[Unit], rows: list[Row]) -> list[
     lines = []
     for unit in units:
         budget = unit.config.compressed_budget
-        if unit.task != PERPLEXITY or unit.sample or (budget != largest and unit.method != FULL):
+        if (
+            unit.task != PERPLEXITY
+            or unit.texts[0][0]
+            or (budget != largest and unit.method != FULL)
+        ):
             continue
         arrays = folder.arrays(unit.key)
         if arrays:
@@ -191,7 +195,7 @@ def stream_lines(folder: RunFolder, units: list[Unit], rows: list[Row]) -> list[
                 Line(
                     unit.method,
                     labels[unit.method, budget],
-                    arrays["losses"],
+                    arrays["losses"][0],
                     arrays["tokens"].tolist(),
                     arrays["nbytes"].tolist(),
                 )

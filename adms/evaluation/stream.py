@@ -1,6 +1,6 @@
 """Reading a text through a cache: the loss of every token, and the bytes held on the way.
 
-Shapes: ``N`` tokens, ``V`` vocabulary.
+Shapes: ``B`` texts of one length, ``N`` tokens, ``V`` vocabulary.
 """
 
 import time
@@ -23,11 +23,11 @@ class Trace:
     """What reading a text showed.
 
     Attributes:
-        losses: ``[N - 1]`` float32, in nats; entry ``i`` is the loss of token ``i + 1``.
-        tokens: tokens read after each chunk.
+        losses: ``[B, N - 1]`` float32, in nats; entry ``i`` is the loss of token ``i + 1``.
+        tokens: tokens read of each text after each chunk.
         nbytes: bytes of the cache after each chunk.
         seconds: time of the whole reading.
-        last_logits: ``[V]``, of the token that would follow.
+        last_logits: ``[B, V]``, of the tokens that would follow.
     """
 
     losses: Losses
@@ -38,8 +38,8 @@ class Trace:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens read in a second."""
-        return self.tokens[-1] / self.seconds
+        """Tokens of all texts read in a second."""
+        return len(self.losses) * self.tokens[-1] / self.seconds
 
 
 def check_length(method: Method, tokens: int) -> None:
@@ -64,12 +64,12 @@ def read(
     chunk: int,
     on_chunk: Callable[[int], object] | None = None,
 ) -> Trace:
-    """Streams a text through a cache in chunks, as the model is used: nothing is computed twice.
+    """Streams texts through a cache in chunks, as the model is used: nothing is computed twice.
 
     Args:
         model: the model, in evaluation mode.
         method: an opened method; it goes on from where it is.
-        ids: ``[1, N]``.
+        ids: ``[B, N]``, rows of a batch.
         chunk: tokens of one forward pass. Under eviction results depend on it, since a chunk sees
             the cache before it and itself.
         on_chunk: called with the number of tokens after each chunk.
@@ -77,8 +77,8 @@ def read(
     Raises:
         ADMSValueError: the text has no two tokens.
     """
-    if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] < 2:
-        raise ADMSValueError(f"ids must be [1, N] with at least 2 tokens, got {list(ids.shape)}")
+    if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
+        raise ADMSValueError(f"ids must be [B, N] with at least 2 tokens, got {list(ids.shape)}")
     if chunk < 1:
         raise ADMSValueError(f"chunk must be at least 1, got {chunk}")
     ids = ids.to(model.device)
@@ -89,16 +89,19 @@ def read(
     start_time = time.perf_counter()
     for start in range(0, total, chunk):
         piece = ids[:, start : start + chunk]
-        logits = model(piece, past_key_values=method.cache).logits[0].float()
-        following = ids[0, start + 1 : start + 1 + piece.shape[1]]
-        losses.append(cross_entropy(logits[: len(following)], following, reduction="none"))
-        last = logits[-1]
+        logits = model(piece, past_key_values=method.cache).logits.float()
+        following = ids[:, start + 1 : start + 1 + piece.shape[1]]
+        known = logits[:, : following.shape[1]].transpose(1, 2)
+        losses.append(cross_entropy(known, following, reduction="none"))
+        last = logits[:, -1]
         tokens.append(start + piece.shape[1])
         nbytes.append(method.nbytes)
         if on_chunk is not None:
             on_chunk(piece.shape[1])
     seconds = time.perf_counter() - start_time
-    return Trace(np.asarray(torch.cat(losses).cpu().numpy()), tokens, nbytes, seconds, last.cpu())
+    return Trace(
+        np.asarray(torch.cat(losses, dim=1).cpu().numpy()), tokens, nbytes, seconds, last.cpu()
+    )
 
 
 @torch.no_grad()

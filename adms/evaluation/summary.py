@@ -42,7 +42,7 @@ def measured_losses(folder: RunFolder, units: list[Unit], rows: list[Row]) -> di
             arrays = folder.arrays(unit.key)
             if arrays:
                 parts[_group(unit.method, unit.config.compressed_budget)].append(
-                    arrays["losses"][first - 1 :]
+                    arrays["losses"][:, first - 1 :].reshape(-1)
                 )
     return {name: np.concatenate(values) for name, values in parts.items()}
 
@@ -132,19 +132,20 @@ def curve_rows(evaluation: Evaluation, folder: RunFolder, units: list[Unit]) -> 
         arrays = folder.arrays(unit.key)
         if not arrays:
             continue
-        losses, tokens, nbytes = arrays["losses"], arrays["tokens"], arrays["nbytes"]
-        for start in range(0, len(losses), step):
-            stop = min(start + step, len(losses))
-            reached = int(np.searchsorted(tokens, stop).clip(max=len(tokens) - 1))
-            found.append(
-                {
-                    "method": unit.method,
-                    "compressed_budget": unit.config.compressed_budget,
-                    "sample": unit.sample,
-                    "tokens": stop + 1,
-                    "perplexity": perplexity(losses[start:stop]),
-                    "perplexity_so_far": perplexity(losses[:stop]),
-                    "cache_bytes": int(nbytes[reached]),
-                }
-            )
+        tokens, nbytes = arrays["tokens"], arrays["nbytes"]
+        for (sample, _), losses in zip(unit.texts, arrays["losses"], strict=True):
+            for start in range(0, len(losses), step):
+                stop = min(start + step, len(losses))
+                reached = int(np.searchsorted(tokens, stop).clip(max=len(tokens) - 1))
+                found.append(
+                    {
+                        "method": unit.method,
+                        "compressed_budget": unit.config.compressed_budget,
+                        "sample": sample,
+                        "tokens": stop + 1,
+                        "perplexity": perplexity(losses[start:stop]),
+                        "perplexity_so_far": perplexity(losses[:stop]),
+                        "cache_bytes": int(nbytes[reached]),
+                    }
+                )
     return found

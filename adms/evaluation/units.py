@@ -19,6 +19,7 @@ from adms.evaluation.methods import (
     ADMS,
     FULL,
     STREAMING,
+    WINDOW,
     Method,
     open_method,
     trained_length,
@@ -31,29 +32,36 @@ from adms.evaluation.stream import answer, check_length, read, read_only
 from adms.evaluation.texts import collect_ids, decode_ids
 
 Progress = Callable[[int], object]
+# By number and depth.
+Trials = dict[tuple[int, float], needles.Trial]
 
-# Methods that can read several trials as rows of a batch.
-READS_ROWS = (ADMS, STREAMING, FULL)
+# Methods that can read several texts as rows of a batch.
+READS_ROWS = (ADMS, STREAMING, FULL, WINDOW)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One piece of work: a task with one method on one sample, or on ``count`` trials together."""
+    """One piece of work: a task with one method on texts that are read together.
+
+    Attributes:
+        key: its name in the run's folder.
+        length: tokens of a trial; 0 for streams.
+        texts: the number of each stream or trial, and the depth of a trial's fact.
+    """
 
     key: str
     task: str
     method: str
     config: ADMSConfig
-    sample: int = 0
     length: int = 0
-    depth: float = 0.0
-    count: int = 1
+    texts: tuple[tuple[int, float], ...] = ((0, 0.0),)
 
     @property
     def label(self) -> str:
         """For progress bars."""
-        place = f" {self.length} at {self.depth:.0%}" if self.length else ""
-        return f"{self.method} {self.task}{place}"
+        depths = sorted({depth for _, depth in self.texts})
+        place = f" {self.length} at {', '.join(f'{depth:.0%}' for depth in depths)}"
+        return f"{self.method} {self.task}{place if self.length else ''}"
 
 
 def plan(evaluation: Evaluation) -> list[Unit]:
@@ -74,29 +82,32 @@ def plan(evaluation: Evaluation) -> list[Unit]:
 def _of_task(
     evaluation: Evaluation, task: str, method: str, config: ADMSConfig, stem: str
 ) -> list[Unit]:
-    if task == PERPLEXITY:
-        return [
-            Unit(f"{stem}/s{sample:03d}", task, method, config, sample)
-            for sample in range(evaluation.samples)
-        ]
     if task == SPEED:
         return [Unit(stem, task, method, config)]
     together = evaluation.together if method in READS_ROWS else 1
+    if task == PERPLEXITY:
+        streams = [(sample, 0.0) for sample in range(evaluation.samples)]
+        return [
+            Unit(f"{stem}/s{part[0][0]:03d}", task, method, config, texts=part)
+            for part in _parts(streams, together)
+        ]
+    trials = [(trial, depth) for depth in evaluation.depths for trial in range(evaluation.trials)]
     return [
         Unit(
-            f"{stem}/n{length}/d{depth:.3f}/t{trial:03d}",
+            f"{stem}/n{length}/d{part[0][1]:.3f}/t{part[0][0]:03d}",
             task,
             method,
             config,
-            trial,
             length,
-            depth,
-            min(together, evaluation.trials - trial),
+            part,
         )
         for length in evaluation.lengths
-        for depth in evaluation.depths
-        for trial in range(0, evaluation.trials, together)
+        for part in _parts(trials, together)
     ]
+
+
+def _parts(texts: list[tuple[int, float]], size: int) -> list[tuple[tuple[int, float], ...]]:
+    return [tuple(texts[start : start + size]) for start in range(0, len(texts), size)]
 
 
 @dataclass
@@ -155,7 +166,7 @@ class Bench:
         own = self.calibration if unit.method == ADMS else None
         # What is wrong with sizes or text is no method's fault and no result.
         self._chunk(unit)
-        for sample in range(unit.sample, unit.sample + unit.count):
+        for sample, _ in unit.texts:
             self._text(unit, sample)
         rows: list[Row] = []
         arrays: Arrays = {}
@@ -178,26 +189,27 @@ class Bench:
                 raise
             row.setdefault("label", unit.method)
             return [{**row, "note": str(error)}], {}
-        return sorted(rows, key=lambda one: int(one.get("sample") or 0)), arrays
+        order = {text: place for place, text in enumerate(unit.texts)}
+        rows.sort(key=lambda one: order.get((one.get("sample", 0), one.get("depth", 0.0)), 0))
+        return rows, arrays
 
-    def _alike(self, unit: Unit) -> list[dict[int, needles.Trial]]:
-        """The trials of a piece of work by sample, those together that can be rows of a batch."""
+    def _alike(self, unit: Unit) -> list[Trials]:
+        """The trials of a piece of work, those together that can be rows of a batch."""
         if unit.task in (PERPLEXITY, SPEED):
             return [{}]
-        groups: dict[tuple[int, int], dict[int, needles.Trial]] = {}
-        for sample in range(unit.sample, unit.sample + unit.count):
-            trial = self._trial(unit, sample)
+        groups: dict[tuple[int, int], Trials] = {}
+        for sample, depth in unit.texts:
+            trial = self._trial(unit, sample, depth)
             lengths = trial.text.shape[1], trial.question.shape[1]
-            groups.setdefault(lengths, {})[sample] = trial
+            groups.setdefault(lengths, {})[sample, depth] = trial
         return list(groups.values())
 
     def _measure(
-        self, unit: Unit, method: Method, trials: dict[int, needles.Trial], on_chunk: Progress
+        self, unit: Unit, method: Method, trials: Trials, on_chunk: Progress
     ) -> tuple[list[Row], Arrays]:
         match unit.task:
             case "perplexity":
-                row, arrays = self._perplexity(unit, method, on_chunk)
-                return [row], arrays
+                return self._perplexity(unit, method, on_chunk)
             case "speed":
                 row, arrays = self._speed(unit, method, on_chunk)
                 return [row], arrays
@@ -208,38 +220,40 @@ class Bench:
         """``[1, tokens]`` that a piece of work reads; every sample and trial has its own."""
         one = self.evaluation
         tokens = unit.length or one.tokens
-        return self.ids(one.offset + sample * tokens, tokens)
+        stride = one.stride if unit.length and one.stride else tokens
+        return self.ids(one.offset + sample * stride, tokens)
 
     def _chunk(self, unit: Unit) -> int:
         # What ADMS resolves to; every method reads in the same chunks.
         with open_method(self.model, ADMS, unit.config) as probe:
             return int(probe.cache.sizes.chunk)
 
-    def _perplexity(self, unit: Unit, method: Method, on_chunk: Progress) -> tuple[Row, Arrays]:
+    def _perplexity(
+        self, unit: Unit, method: Method, on_chunk: Progress
+    ) -> tuple[list[Row], Arrays]:
         one = self.evaluation
         check_length(method, one.tokens)
         chunk = self._chunk(unit)
-        trace = read(
-            self.model, method, self._text(unit, unit.sample), chunk=chunk, on_chunk=on_chunk
-        )
+        ids = torch.cat([self._text(unit, sample) for sample, _ in unit.texts])
+        trace = read(self.model, method, ids, chunk=chunk, on_chunk=on_chunk)
         first = one.first_measured(trained_length(self.model))
-        row = {
-            "sample": unit.sample,
-            "chunk": chunk,
-            "measured_from": first,
-            "perplexity": perplexity(trace.losses[first - 1 :]),
-            "cache_bytes": max(trace.nbytes),
-            "max_bytes": method.max_nbytes,
-        }
-        arrays = {
-            "losses": trace.losses,
-            "tokens": np.asarray(trace.tokens),
-            "nbytes": np.asarray(trace.nbytes),
-        }
-        return row, arrays
+        nbytes = np.asarray(trace.nbytes) // len(ids)
+        rows: list[Row] = [
+            {
+                "sample": sample,
+                "chunk": chunk,
+                "measured_from": first,
+                "perplexity": perplexity(losses[first - 1 :]),
+                "cache_bytes": int(nbytes.max()),
+                "max_bytes": method.max_nbytes,
+            }
+            for (sample, _), losses in zip(unit.texts, trace.losses, strict=True)
+        ]
+        arrays = {"losses": trace.losses, "tokens": np.asarray(trace.tokens), "nbytes": nbytes}
+        return rows, arrays
 
     def _retrieval(
-        self, unit: Unit, method: Method, trials: dict[int, needles.Trial], on_chunk: Progress
+        self, unit: Unit, method: Method, trials: Trials, on_chunk: Progress
     ) -> list[Row]:
         check_length(method, unit.length)
         chunk = self._chunk(unit)
@@ -261,24 +275,24 @@ class Bench:
             {
                 "sample": sample,
                 "chunk": chunk,
-                "depth": unit.depth,
+                "depth": depth,
                 "correct": needles.is_correct(self.tokenizer, ids, trial.answer),
                 "expected": trial.answer,
                 "reply": " ".join(decode_ids(self.tokenizer, ids).split()),
                 "cache_bytes": max(held) // len(trials),
                 "max_bytes": method.max_nbytes,
             }
-            for (sample, trial), ids in zip(trials.items(), produced, strict=True)
+            for ((sample, depth), trial), ids in zip(trials.items(), produced, strict=True)
         ]
 
-    def _trial(self, unit: Unit, sample: int) -> needles.Trial:
+    def _trial(self, unit: Unit, sample: int, depth: float) -> needles.Trial:
         """Every trial has its own filler text and its own facts."""
         return needles.make_trial(
             self.tokenizer,
             self._text(unit, sample),
             unit.task,
             length=unit.length,
-            depth=unit.depth,
+            depth=depth,
             seed=self.evaluation.seed * 1000 + sample,
         )
 
@@ -289,7 +303,7 @@ class Bench:
         figures, arrays = measure_speed(
             self.model,
             method,
-            self._text(unit, unit.sample),
+            self._text(unit, 0),
             chunk=chunk,
             decode_tokens=one.decode_tokens,
             on_chunk=on_chunk,

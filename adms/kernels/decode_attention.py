@@ -4,7 +4,6 @@ Shapes: ``B`` rows, ``R`` rows or 1 where all agree, ``H`` query heads, ``K`` KV
 ``G = H / K``, ``N`` entries, ``D`` head size, ``C`` coded channels of a block of heads.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -70,8 +69,7 @@ def plain_decode_attention(
         # What is not read may be anything, and nothing times NaN is NaN.
         values = part.values.to(dtype).masked_fill(~part.valid[:, None, :, None], 0)
         sums.append((values, None))
-    for given in coded:
-        coded_part = dataclasses.replace(given, tables=given.tables.trimmed())
+    for coded_part in coded:
         split = coded_part.tables.keys.blocks * coded_part.tables.keys.channels
         channels = channels_of(coded_part).to(dtype)
         gain = gains_of(coded_part, coded_part.tables.keys)

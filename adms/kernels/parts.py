@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from adms.compressors.codebooks import GROUP, WORDS, codebooks_on
-from adms.compressors.tables import CodeTables, Projection
+from adms.compressors.codebooks import GROUP, codebooks_on
+from adms.compressors.tables import Bags, CodeTables, Projection
 
 
 @dataclass(frozen=True)
@@ -62,29 +62,22 @@ def decode(part: CodedPart, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
 def channels_of(part: CodedPart) -> torch.Tensor:
     """Sums of codewords ``[B, N, channels]``, those of keys first."""
     tables, count = part.tables, len(part.records)
-    stages = tables.offsets.shape[1]
-    books = codebooks_on(part.records.device)[:stages].flatten(0, 1)
-    offsets = tables.offsets.expand(count, -1, -1)
-    coded = tables.coded().expand(count, -1, -1)
-    rows = [
-        _channels(records, own, held, books)
-        for records, own, held in zip(part.records, offsets, coded, strict=True)
-    ]
+    books = codebooks_on(part.records.device)[: tables.offsets.shape[1]].flatten(0, 1)
+    bags = tables.bags * (count // len(tables.bags))
+    rows = [_channels(records, bag, books) for records, bag in zip(part.records, bags, strict=True)]
     return torch.stack(rows) if len(rows) > 1 else rows[0][None]
 
 
-def _channels(
-    records: torch.Tensor, offsets: torch.Tensor, coded: torch.Tensor, books: torch.Tensor
-) -> torch.Tensor:
-    """One row's: ``[N, channels]`` of ``records [N, bytes]`` and ``offsets [stages, groups]``."""
-    count, groups = len(records), offsets.shape[1]
+def _channels(records: torch.Tensor, bag: Bags, books: torch.Tensor) -> torch.Tensor:
+    """One row's: ``[N, channels]`` of ``records [N, bytes]``."""
+    count, groups = len(records), len(bag.ends)
     # Bytes of a record in the order of their groups; a group's words are summed as one bag.
-    group, stage = coded.T.nonzero().unbind(1)
-    codes = records[:, offsets.T[group, stage].long()]
-    words = codes.to(torch.int32) + (stage * WORDS).to(torch.int32)
-    sizes = coded.sum(0)
-    first = torch.arange(count, device=records.device)[:, None] * len(group)
-    bags = (first + (sizes.cumsum(0) - sizes)).flatten().to(torch.int32)
+    words = records.index_select(1, bag.places) + bag.words.to(torch.int32)
+    width = words.shape[1]
+    first = torch.arange(0, count * width, width, dtype=torch.int32, device=records.device)
+    starts = first.new_zeros(groups)
+    starts[1:] = bag.ends[:-1]
+    bags = (first[:, None] + starts).flatten()
     summed = torch.nn.functional.embedding_bag(words.flatten(), books, bags, mode="sum")
     return summed.view(count, groups * GROUP)
 
@@ -95,7 +88,8 @@ def restore(
     """States ``[B, K, N, D]`` of channels ``[B, N, blocks * C]`` and gains ``[B, N, blocks]``."""
     own = channels.unflatten(2, (side.blocks, side.channels)).transpose(1, 2)
     states = own @ side.directions(channels.dtype)
-    states = states.mul_(gain.transpose(1, 2)[..., None]).add_(side.mean[:, :, None])
+    mean = side.mean[:, :, None].to(states.dtype)
+    states = torch.addcmul(mean, states, gain.transpose(1, 2)[..., None].to(states.dtype))
     share = heads // side.blocks
     return states.unflatten(3, (share, -1)).transpose(2, 3).flatten(1, 2)
 

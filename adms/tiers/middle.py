@@ -21,6 +21,7 @@ from adms.compressors.tables import CodeTables
 from adms.config import ADMSConfig
 from adms.entries import Entries, TokenShape
 from adms.importance import Metric, needs_queries
+from adms.kernels.states import fused_states
 from adms.positions import MiddleGeometry
 from adms.tiers.head_landmarks import HeadLandmarkStore
 from adms.tiers.landmarks import LandmarkStore, aligned
@@ -92,11 +93,12 @@ class MiddleTier:
         """Everything this tier stores."""
         return [self.arena]
 
-    def read(self, totals: list[int]) -> Entries | None:
+    def read(self, totals: list[int], tables: CodeTables | None = None) -> Entries | None:
         """Entries in memory order, rows padded to the longest; None where every row is empty.
 
         Args:
             totals: tokens that have entered the middle, per row.
+            tables: the first of ``tables()``, where every row is coded and a kernel shall decode.
         """
         geometry = self.plan.geometry
         width = max(geometry.num_entries(total) for total in totals)
@@ -104,7 +106,7 @@ class MiddleTier:
             return None
         coded = [geometry.is_coded(total) for total in totals]
         if all(coded) or not any(coded):
-            return self._read_rows(slice(None), totals, coded[0])
+            return self._read_rows(slice(None), totals, coded[0], tables)
         parts: list[Entries | None] = [None] * len(totals)
         for phase in (False, True):
             rows = [row for row, is_coded in enumerate(coded) if is_coded == phase]
@@ -113,7 +115,13 @@ class MiddleTier:
                 parts[row] = _take_row(entries, index, width)
         return _stack_rows([part for part in parts if part is not None])
 
-    def _read_rows(self, rows: list[int] | slice, totals: list[int], coded: bool) -> Entries:
+    def _read_rows(
+        self,
+        rows: list[int] | slice,
+        totals: list[int],
+        coded: bool,
+        tables: CodeTables | None = None,
+    ) -> Entries:
         data = self.arena[rows]
         geometry = self.plan.geometry
         if not coded:
@@ -125,7 +133,10 @@ class MiddleTier:
         counts = [geometry.held(total) // coder.block_tokens for total in totals]
         most, header = max(counts), data[:, : coder.header_bytes]
         whole = self._records(data, min(most, coder.num_records), cut=False)
-        parts = [coder.decode(header, _blank(whole, counts))]
+        whole = _blank(whole, counts)
+        if tables is not None:
+            return fused_states(tables, whole, self.plan.shape, self.plan.dtype)
+        parts = [coder.decode(header, whole)]
         if most > coder.num_records:
             cut_records = self._records(data, most - coder.num_records, cut=True)
             cut_counts = [count - coder.num_records for count in counts]
@@ -167,14 +178,20 @@ class MiddleTier:
         cut = coder.members(self._records(self.arena, most - coder.num_records, cut=True))
         return found if cut is None else torch.cat([found, cut], dim=1)
 
-    def landmarks(self, totals: list[int]) -> tuple[Entries, torch.Tensor]:
+    def landmarks(
+        self, totals: list[int], tables: CodeTables | None = None
+    ) -> tuple[Entries, torch.Tensor]:
         """Entries of the landmarks ``[B, K, L, ...]`` and their text positions ``[B, L]``.
 
         Where heads choose their own, ``valid [B, K, L]`` says whose each is.
 
         Args:
             totals: tokens that have entered the middle, per row; rows not coded yet have none.
+            tables: the second of ``tables()``, as for ``read``.
         """
+        if tables is not None:
+            records, tokens = self.landmark_records(), self.landmark_tokens()
+            return fused_states(tables, records, self.plan.shape, self.plan.dtype), tokens
         coded = [self.plan.geometry.is_coded(total) for total in totals]
         data = self.landmark_bytes()
         codes = self.arena[:, : self._coder.header_bytes]

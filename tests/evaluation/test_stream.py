@@ -31,11 +31,11 @@ def test_losses_are_those_of_one_dense_pass(loaded) -> None:  # type: ignore[no-
     seen: list[int] = []
     with open_method(model, "full", CONFIG) as method:
         trace = read(model, method, ids, chunk=8, on_chunk=seen.append)
-    np.testing.assert_allclose(trace.losses, expected.numpy(), atol=1e-5)
+    np.testing.assert_allclose(trace.losses[0], expected.numpy(), atol=1e-5)
     assert trace.tokens == [8, 16, 24, 32, 40, 48, 50] and sum(seen) == 50
     # Two layers, keys and values, one head of 16 numbers in float32.
     assert trace.nbytes[-1] == 2 * 2 * 50 * 16 * 4
-    torch.testing.assert_close(trace.last_logits, logits[-1])
+    torch.testing.assert_close(trace.last_logits[0], logits[-1])
 
 
 def test_streaming_reads_any_length_in_bounded_bytes(loaded) -> None:  # type: ignore[no-untyped-def]
@@ -45,7 +45,7 @@ def test_streaming_reads_any_length_in_bounded_bytes(loaded) -> None:  # type: i
         with open_method(model, name, CONFIG) as method:
             trace = read(model, method, ids, chunk=8)
         assert method.max_nbytes is not None and max(trace.nbytes) <= method.max_nbytes
-        assert np.isfinite(trace.losses).all() and len(trace.losses) == 599
+        assert np.isfinite(trace.losses).all() and trace.losses.shape == (1, 599)
 
 
 def test_full_cache_is_refused_beyond_its_positions(loaded) -> None:  # type: ignore[no-untyped-def]
@@ -56,11 +56,11 @@ def test_full_cache_is_refused_beyond_its_positions(loaded) -> None:  # type: ig
         check_length(method, 257)
 
 
-@pytest.mark.parametrize("ids", [torch.zeros(1, 1).long(), torch.zeros(2, 8).long()])
-def test_reading_needs_one_row_of_two_tokens(loaded, ids) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("ids", [torch.zeros(1, 1).long(), torch.zeros(8).long()])
+def test_reading_needs_rows_of_two_tokens(loaded, ids) -> None:  # type: ignore[no-untyped-def]
     with (
         open_method(loaded[0], "full", CONFIG) as method,
-        pytest.raises(ADMSValueError, match=r"\[1, N\]"),
+        pytest.raises(ADMSValueError, match=r"\[B, N\]"),
     ):
         read(loaded[0], method, ids, chunk=8)
 

@@ -1,0 +1,156 @@
+"""Codes as keys and values, in Triton: what a pass of several tokens reads of a middle.
+
+Its plain twin is ``parts.decode``. One launch for all keys of a layer and one for its values, in
+place of some hundred small operations.
+
+Shapes: ``B`` rows, ``K`` KV heads, ``N`` records, ``D``/``E`` head sizes
+of keys/values.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from adms.compressors.codebooks import GROUP, codebooks_on
+from adms.compressors.tables import CodeTables, Projection
+from adms.entries import Entries, TokenShape
+from adms.kernels.decode_attention_triton import _numbers, _row_stride, _tensors
+from adms.kernels.lookup import _channels, _gain, _reach
+
+# Records of a program, coded channels that are looked up at a time, least extent of a product.
+TILE = 32
+CHUNK = 32
+LEAST = 16
+
+
+@triton.jit
+def _directions(
+    basis, scale, deviation, rows, row, block, c, inside,
+    basis_row, basis_block, basis_channel, scale_row, scale_block, deviation_row, deviation_block,
+    rows_row, rows_block, CHOSEN: tl.constexpr,
+):  # fmt: skip
+    """Where the directions of channels ``c [CHUNK]`` start, and their factors."""
+    which = c
+    if CHOSEN:
+        at = rows + row * rows_row + block * rows_block + c
+        which = tl.load(at, mask=inside, other=0).to(tl.int32)
+    at = deviation + row * deviation_row + block * deviation_block + c
+    factor = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    at = scale + row * scale_row + block * scale_block + which
+    factor *= tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    return basis + row * basis_row + block * basis_block + which * basis_channel, factor
+
+
+@triton.jit
+def coded_states(
+    records, offsets, books, basis, scale, deviation, mean, rows, weight, out,
+    r_row, r_entry, record_bytes, offset_row, offset_stage,
+    basis_row, basis_block, basis_channel, scale_row, scale_block, deviation_row, deviation_block,
+    mean_row, mean_block, rows_row, rows_block, weight_row, weight_block, gain_start, gain_block,
+    channels, first_group, count, o_row, o_head, o_entry,
+    TILE: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, SHARE: tl.constexpr,
+    SIZE: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, CHOSEN: tl.constexpr,
+    WEIGHTED: tl.constexpr, HALF: tl.constexpr, STEPS: tl.constexpr, CODE_KIND: tl.constexpr,
+):  # fmt: skip
+    """States of a tile of records; a program for the ``SHARE`` KV heads of a block."""
+    tile, block, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n = tile * TILE + tl.arange(0, TILE)
+    held = n < count
+    # Behind the last record stands the last one again, which is not written.
+    n = tl.minimum(n, count - 1)
+    at_record = n * r_entry
+    records += row * r_row
+    groups = channels // 8
+    offsets += row * offset_row + first_group + block * groups
+    j = tl.arange(0, COLUMNS)
+    there = j < SHARE * SIZE
+    states = tl.zeros([TILE, COLUMNS], dtype=tl.float32)
+    used = _reach(offsets, 0, record_bytes, offset_stage, groups, GROUPS)
+    deep, deeper = 0, 0
+    if STAGES > 2:
+        deep = _reach(offsets, 2, record_bytes, offset_stage, groups, GROUPS)
+    if STAGES > 3:
+        deeper = _reach(offsets, 3, record_bytes, offset_stage, groups, GROUPS)
+    for start in range(0, used, CHUNK // 8):
+        c = start * 8 + tl.arange(0, CHUNK)
+        inside = c < channels
+        starts, factor = _directions(
+            basis, scale, deviation, rows, row, block, c, inside, basis_row, basis_block,
+            basis_channel, scale_row, scale_block, deviation_row, deviation_block, rows_row,
+            rows_block, CHOSEN,
+        )  # fmt: skip
+        mask = inside[:, None] & there[None, :]
+        directions = tl.load(starts[:, None] + j[None, :], mask=mask, other=0)
+        group = start + tl.arange(0, CHUNK // 8)
+        coded = _channels(
+            records, offsets, books, at_record, group, group < groups, start < deep,
+            start < deeper, record_bytes, offset_stage, STAGES,
+        )  # fmt: skip
+        coded = tl.reshape(coded, [TILE, CHUNK]).to(tl.float32) * factor[None, :]
+        coded = coded.to(CODE_KIND)
+        states = tl.dot(coded, directions.to(CODE_KIND), states, input_precision="ieee")
+    gain = _gain(records, at_record, gain_start + block * gain_block, HALF, STEPS)
+    states *= gain[:, None]
+    if WEIGHTED:
+        at = weight + row * weight_row + block * weight_block + j
+        states /= tl.load(at, mask=there, other=1.0).to(tl.float32)[None, :]
+    at = mean + row * mean_row + block * mean_block + j
+    states += tl.load(at, mask=there, other=0.0).to(tl.float32)[None, :]
+    at = row * o_row + (block * SHARE + j // SIZE)[None, :] * o_head + n[:, None] * o_entry
+    mask = held[:, None] & there[None, :]
+    tl.store(out + at + (j % SIZE)[None, :], states.to(out.dtype.element_ty), mask=mask)
+
+
+def fused_states(
+    tables: CodeTables,
+    records: torch.Tensor,
+    shape: TokenShape,
+    dtype: torch.dtype,
+) -> Entries:
+    """Keys ``[B, K, N, D]`` and values ``[B, K, N, E]`` of records, with their log-weights.
+
+    Args:
+        tables: how they are read.
+        records: ``[B, N, bytes]`` uint8; bytes of a record lie side by side.
+        shape: of one token.
+        dtype: of the result.
+    """
+    split = tables.keys.blocks * tables.keys.channels // GROUP
+    keys = _states(tables, tables.keys, 0, records, shape.key_dim, shape, dtype)
+    values = _states(tables, tables.values, split, records, shape.value_dim, shape, dtype)
+    weight = tables.log_weight
+    if weight is None:
+        return Entries(keys, values)
+    return Entries(keys, values, weight.float()[..., None].expand(*keys.shape[:3]))
+
+
+def _states(
+    tables: CodeTables,
+    side: Projection,
+    first_group: int,
+    records: torch.Tensor,
+    size: int,
+    shape: TokenShape,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    rows, count = records.shape[:2]
+    heads = shape.num_heads
+    share = heads // side.blocks
+    # Codes are small numbers that float16 holds more finely than bfloat16.
+    single = dtype == torch.float32
+    books = codebooks_on(records.device, torch.float32 if single else torch.float16)
+    out = torch.empty(rows, heads, count, size, dtype=dtype, device=records.device)
+    kind: Any = tl.float32 if single else tl.float16
+    coded_states[triton.cdiv(count, TILE), side.blocks, rows](
+        records, tables.offsets, books, *_tensors(side), out, *records.stride()[:2],
+        tables.record_bytes, _row_stride(tables.offsets), tables.offsets.stride(1),
+        *_numbers(side), first_group, count, *out.stride()[:3],
+        TILE=TILE, CHUNK=CHUNK, STAGES=tables.offsets.shape[1], SHARE=share, SIZE=size,
+        COLUMNS=max(LEAST, triton.next_power_of_2(share * size)),
+        GROUPS=triton.next_power_of_2(side.channels // GROUP), CHOSEN=side.rows is not None,
+        WEIGHTED=side.weight is not None, HALF=tables.half_gain, STEPS=tables.gain_steps,
+        CODE_KIND=kind,
+    )  # fmt: skip
+    return out
