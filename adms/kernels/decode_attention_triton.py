@@ -6,6 +6,7 @@ Shapes: ``B`` rows, ``H`` query heads, ``K`` KV heads, ``S`` slots, ``D`` head s
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from adms.errors import ADMSValueError
 from adms.kernels import tiles as kernels
 from adms.kernels.parts import CodedPart, ExactPart
 
+# As Triton reads it, when its kernels are defined.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Entries of a tile.
 EXACT_TILE = 32
 # Elements of a program's heads together.
@@ -90,7 +93,7 @@ def fused_decode_attention(
     asked_strides = (query.stride(0), query.stride(1), _row_stride(cos))
     shared: dict[str, Any] = {
         "H": heads, "G": heads // kv_heads, "F": size // 2, "KIND": _kind(query.dtype),
-        "PACKED": query.dtype != torch.float32 and not triton.knobs.runtime.interpret,
+        "PACKED": query.dtype != torch.float32 and not INTERPRETED and torch.version.hip is None,
     }  # fmt: skip
     first = 0
     with _Branches(query.device) as branches:
@@ -243,9 +246,16 @@ def _coded(
         BIASED=log_weight is not None, HALF=tables.half_gain, STEPS=tables.gain_steps,
         CODE_KIND=tl.float32 if single else tl.float16,
         WHOLE=keys.basis.dtype == values.basis.dtype == torch.int8,
+        FENCED=shared["PACKED"] and _has_own_readers(query.device),
         num_warps=form.warps, num_stages=1,
         **({"maxnreg": form.registers} if form.registers else {}),
     )  # fmt: skip
+
+
+@functools.cache
+def _has_own_readers(device: torch.device) -> bool:
+    """Whether matrix products read shared memory by themselves: from Hopper on, and in tests."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _padded(queries: int) -> int:

@@ -10,7 +10,11 @@ import triton.language as tl
 
 @triton.jit
 def _fixed(x, PACKED: tl.constexpr):
-    """Numbers as they are, worked out before each warp gets its copies for a matrix product."""
+    """Numbers as they are: what led to them is worked out once, where they were loaded.
+
+    Without it the compiler works them out again in each warp that gets a copy for a matrix product.
+    ``PACKED`` stands for a compiled kernel in two bytes a number, here and below.
+    """
     if PACKED:
         return tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False,
@@ -56,7 +60,8 @@ def _channels(
     """Sums ``[TILE, WIDTH, 8]`` of the codewords of all stages.
 
     Written in the order in which loads should leave: what does not follow from another load waits
-    for memory together. Few groups have more than two stages; ``deep`` says whether any here has.
+    for memory together. Few groups have more than two stages; ``deep`` and
+    ``deeper`` say whether any here has more than two, or three.
     """
     first = _offsets(offsets, 0, group, some, record_bytes, offset_stage)
     if STAGES > 1:
@@ -89,12 +94,12 @@ def _channels(
 
 
 @triton.jit
-def _halves(b, KIND: tl.constexpr, PACKED: tl.constexpr):
-    """Small integers as numbers; four int8 at once as float16 where ``PACKED``.
+def _numbers(b, KIND: tl.constexpr, PACKED: tl.constexpr, WHOLE: tl.constexpr):
+    """Stored directions as numbers; four int8 at once as float16 where ``PACKED`` and ``WHOLE``.
 
     With its sign bit turned a byte is the last of a float16 from 1024 on, in steps of one.
     """
-    if PACKED:
+    if PACKED and WHOLE:
         return tl.inline_asm_elementwise(
             """
             {
@@ -109,7 +114,7 @@ def _halves(b, KIND: tl.constexpr, PACKED: tl.constexpr):
             """,
             "=&r,=&r,r", [b], dtype=tl.float16, is_pure=False, pack=4,
         )  # fmt: skip
-    return b.to(KIND)
+    return _fixed(b.to(KIND), PACKED)
 
 
 @triton.jit
@@ -117,7 +122,7 @@ def _chunk(
     records, offsets, books, at_record, start, groups, deep, deeper, record_bytes, offset_stage,
     basis, scale, deviation, rows, column, basis_channel, F: tl.constexpr,
     CHUNK: tl.constexpr, STAGES: tl.constexpr, TILE: tl.constexpr, CHOSEN: tl.constexpr,
-    KIND: tl.constexpr, PACKED: tl.constexpr,
+    KIND: tl.constexpr, PACKED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Some channels of a block: of entries ``[TILE, CHUNK]``, scaled; and both halves of their
     directions ``[CHUNK, HEADS * F]``.
@@ -144,7 +149,7 @@ def _chunk(
         start < deeper, record_bytes, offset_stage, STAGES,
     )  # fmt: skip
     coded = _fixed(tl.reshape(coded * factor.to(KIND)[None, :, :], [TILE, CHUNK]), PACKED)
-    return coded, _halves(b1, KIND, PACKED), _halves(b2, KIND, PACKED)
+    return coded, _numbers(b1, KIND, PACKED, WHOLE), _numbers(b2, KIND, PACKED, WHOLE)
 
 
 @triton.jit

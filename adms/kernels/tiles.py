@@ -20,12 +20,13 @@ from adms.kernels.lookup import _centre, _chunk, _fixed, _gain, _reach
 
 
 @triton.jit
-def _publish(PACKED: tl.constexpr):
+def _publish(FENCED: tl.constexpr):
     """Lets products that read shared memory by themselves see what all threads have written there.
 
-    Triton's own fence can come after its barrier, where an operand passes through shared memory.
+    Triton's own fence comes behind its barrier where the other operand passes through shared
+    memory, and a fence is for what its own thread has written (seen with 3.6 and 3.9).
     """
-    if PACKED:
+    if FENCED:
         tl.inline_asm_elementwise(
             "fence.proxy.async.shared::cta; mov.b32 $0, $1;", "=r,r", [tl.arange(0, 32)],
             dtype=tl.int32, is_pure=False, pack=1,
@@ -146,7 +147,7 @@ def coded_tiles(
     K_CHOSEN: tl.constexpr, K_WEIGHTED: tl.constexpr, V_CHOSEN: tl.constexpr,
     V_WEIGHTED: tl.constexpr, BIASED: tl.constexpr, HALF: tl.constexpr, STEPS: tl.constexpr,
     KIND: tl.constexpr, CODE_KIND: tl.constexpr, PACKED: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr, FENCED: tl.constexpr,
 ):  # fmt: skip
     """Tiles of codes; a program for ``HEADS`` of the ``SHARE`` KV heads of a block."""
     tile, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
@@ -177,14 +178,13 @@ def coded_tiles(
     for start in range(0, used, CHUNK // 8):
         coded, b1, b2 = _chunk(
             records, k_offsets, books, at_record, start, k_channels // 8, deep, deeper,
-            record_bytes,
-            offset_stage, k_basis + row * k_basis_row + block * k_basis_block,
+            record_bytes, offset_stage, k_basis + row * k_basis_row + block * k_basis_block,
             k_scale + row * k_scale_row + block * k_scale_block,
             k_deviation + row * k_deviation_row + block * k_deviation_block,
             k_rows + row * k_rows_row + block * k_rows_block, column, k_basis_channel,
-            F, CHUNK, STAGES, TILE, K_CHOSEN, CODE_KIND, PACKED and WHOLE,
+            F, CHUNK, STAGES, TILE, K_CHOSEN, CODE_KIND, PACKED, WHOLE,
         )  # fmt: skip
-        _publish(PACKED)
+        _publish(FENCED)
         k1 = tl.dot(coded, b1, k1, input_precision="ieee")
         k2 = tl.dot(coded, b2, k2, input_precision="ieee")
     w1, w2, m1, m2 = _centre(
@@ -223,12 +223,11 @@ def coded_tiles(
     for start in range(0, used, CHUNK // 8):
         coded, b1, b2 = _chunk(
             records, v_offsets, books, at_record, start, v_channels // 8, deep, deeper,
-            record_bytes,
-            offset_stage, v_basis + row * v_basis_row + block * v_basis_block,
+            record_bytes, offset_stage, v_basis + row * v_basis_row + block * v_basis_block,
             v_scale + row * v_scale_row + block * v_scale_block,
             v_deviation + row * v_deviation_row + block * v_deviation_block,
             v_rows + row * v_rows_row + block * v_rows_block, column, v_basis_channel,
-            F, CHUNK, STAGES, TILE, V_CHOSEN, CODE_KIND, PACKED and WHOLE,
+            F, CHUNK, STAGES, TILE, V_CHOSEN, CODE_KIND, PACKED, WHOLE,
         )  # fmt: skip
         mean = tl.dot(weight, coded, input_precision="ieee").to(CODE_KIND)
         v1 = tl.dot(mean, b1, v1, input_precision="ieee")
