@@ -21,7 +21,7 @@ from adms.cache import ADMSKVCache
 from adms.compiled_layers import compiled_layers
 from adms.compressors.tables import CodeTables
 from adms.kernels.decode_attention import decode_attention, write_token
-from adms.kernels.parts import CodedPart, ExactPart, is_among
+from adms.kernels.parts import CodedPart, ExactPart
 from adms.layer import ADMSLayer
 from adms.places import Places
 from adms.positions import ForwardView
@@ -294,15 +294,8 @@ class DecodeStep:
             exact=(cos[:, :count], sin[:, :count]),
             valid=held.kept & (held.tokens <= held.seen[:, None]),
             middle=(cos[:, count:], sin[:, count:]),
-            shown=self._shown(held),
             marks=marks,
         )
-
-    def _shown(self, held: Held) -> torch.Tensor | None:
-        """Which entries of the middle no landmark stands for; None where each layer finds out."""
-        if self.fused or held.valid is None or held.order is None or held.hidden is None:
-            return None
-        return held.valid & ~is_among(held.order, held.hidden)
 
     # --- one layer -------------------------------------------------------------------------------
 
@@ -350,26 +343,20 @@ class DecodeStep:
         held = self.held
         if held is None or held.valid is None:
             raise RuntimeError("a middle before its buffers")
-        valid, hidden = held.valid, held.hidden
-        if shared.shown is not None:
-            valid, hidden = shared.shown, None
-        order = held.order if hidden is not None else None
         tables, mark_tables = found
         if tables is not None:
-            records = middle.records()[:, : valid.shape[1]]
-            coded.append(CodedPart(records, tables, *shared.middle, valid, order, hidden))
+            records = middle.records()[:, : held.valid.shape[1]]
+            coded.append(CodedPart(records, tables, *shared.middle, held.valid))
         else:
             total = FULL if self.phase == "coded" else middle.plan.geometry.raw_tokens
             entries = middle.read([total] * self.batch)
             if entries is None:
                 raise RuntimeError("a middle with tokens was read as empty")
-            width = valid.shape[1]
-            if order is not None and hidden is not None:
-                valid = valid & ~is_among(order, hidden)
+            width = held.valid.shape[1]
             keys, values = entries.keys[:, :, :width], entries.values[:, :, :width]
             weight = entries.log_weight
             weight = None if weight is None else weight[:, :, :width]
-            parts.append(ExactPart(keys, values, *shared.middle, valid, weight))
+            parts.append(ExactPart(keys, values, *shared.middle, held.valid, weight))
         if shared.marks is None or held.mark_valid is None:
             return
         shown = held.mark_valid

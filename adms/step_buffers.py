@@ -28,11 +28,10 @@ class Held:
         tokens: ``[R, S]`` int64, what each exact slot holds until the next commit.
         kept: ``[R, S]`` whether it holds anything by then.
         positions: ``[R, S + N]`` float32 cache positions of exact slots and the middle.
-        valid: ``[R, N]`` which entries of the middle are there.
-        order: ``[R, N]`` int32 their numbers.
+        valid: ``[R, N]`` which entries of the middle are read: those that are there and that no
+            landmark stands for.
         mark_positions: ``[B, M]`` float32.
         mark_valid: ``[B, M]``.
-        hidden: ``[B, M]`` int32 numbers of the entries that landmarks stand for.
     """
 
     seen: torch.Tensor
@@ -41,10 +40,8 @@ class Held:
     kept: torch.Tensor
     positions: torch.Tensor
     valid: torch.Tensor | None = None
-    order: torch.Tensor | None = None
     mark_positions: torch.Tensor | None = None
     mark_valid: torch.Tensor | None = None
-    hidden: torch.Tensor | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         """All of them."""
@@ -85,16 +82,27 @@ def hold(
     held.valid = found.valid
     shown = torch.where(found.valid, found.positions, 0)
     held.positions = torch.cat([held.positions, shown], dim=1)
-    held.order = torch.where(found.valid, found.order, -1).to(torch.int32)
     if marks is None:
         return held
     held.mark_positions, held.mark_valid = places.landmarks(marks), marks >= 0
-    # Counted from the oldest token that has a code, which stays exact however long the stream.
-    hidden = torch.where(held.mark_valid, marks - places.first, -1).clamp(min=-1)
-    if geometry.entries_per_record != geometry.block_tokens:
-        hidden = torch.full_like(hidden, -1)
-    held.hidden = hidden.to(torch.int32)
+    if geometry.entries_per_record == geometry.block_tokens:
+        # Counted from the oldest token that has a code, which stays exact however long the stream.
+        hidden = torch.where(held.mark_valid, marks - places.first, -1)
+        order = torch.where(found.valid, found.order, -1)
+        held.valid = held.valid & ~_is_among(order.long(), hidden)
     return held
+
+
+def _is_among(order: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Which of the numbers ``[R, N]`` are among ``[B, M]``: ``[B, N]``; negative ones never are."""
+    rows, count = hidden.shape[0], order.shape[1]
+    # One place more than there are numbers, for what is no number of an entry.
+    marked = torch.zeros(rows, count + 1, dtype=torch.bool, device=order.device)
+    index = torch.where((hidden >= 0) & (hidden < count), hidden, count).long()
+    marked.scatter_(1, index, True)
+    marked[:, count] = False
+    index = torch.where(order >= 0, order, count).expand(rows, -1)
+    return marked.gather(1, index)
 
 
 @dataclasses.dataclass
@@ -106,7 +114,6 @@ class Shared:
     exact: tuple[torch.Tensor, torch.Tensor]
     valid: torch.Tensor
     middle: tuple[torch.Tensor, torch.Tensor]
-    shown: torch.Tensor | None
     marks: tuple[torch.Tensor, torch.Tensor] | None
 
 
@@ -133,8 +140,8 @@ def planned_bytes(
     # As the fields of ``Held`` come: counts, then slots, entries and landmarks.
     a_row = 2 * 8 + slots * (8 + 1 + 4)
     if geometry is not None:
-        a_row += max(geometry.raw_tokens, geometry.num_entries(FULL)) * (4 + 1 + 4)
-        a_row += geometry.landmarks * (4 + 1 + 4)
+        a_row += max(geometry.raw_tokens, geometry.num_entries(FULL)) * (4 + 1)
+        a_row += geometry.landmarks * (4 + 1)
     if geometry is not None and geometry.capacity:
         # Of codes and of landmarks, which may have codes of their own: offsets for every stage and
         # group, and one more; where they are read in plain PyTorch, their bags too.

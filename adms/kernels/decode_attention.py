@@ -80,7 +80,7 @@ def plain_decode_attention(
         gain = gains_of(coded_part, coded_part.tables.keys)
         side = coded_part.tables.keys
         keys = restore(side, channels[:, :, :split], gain, kv_heads, known.of(side))
-        score = _scores(grouped, keys, coded_part, coded_part.visible())
+        score = _scores(grouped, keys, coded_part, coded_part.valid)
         log_weight = coded_part.tables.log_weight
         if log_weight is not None:
             score = score + log_weight[:, :, None, None].to(dtype)

@@ -4,7 +4,9 @@ Shapes: ``B`` rows, ``H`` query heads, ``K`` KV heads, ``S`` slots, ``D`` head s
 """
 
 import contextlib
+import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,14 +20,11 @@ from adms.errors import ADMSValueError
 from adms.kernels import tiles as kernels
 from adms.kernels.parts import CodedPart, ExactPart
 
+# As Triton reads it, when its kernels are defined.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Entries of a tile.
 EXACT_TILE = 32
-CODED_TILE = 32
-# Registers of a thread, so that three programs share a multiprocessor: looking codes up is waiting
-# for memory (docs/performance.md).
-CODED_REGISTERS = 168
-# Coded channels that are looked up at a time, and elements of a program's heads together.
-CHUNK = 32
+# Elements of a program's heads together.
 MOST_COLUMNS = 256
 # Tiles and elements that a program of the merge adds up at a time.
 MERGED_TILES = 128
@@ -78,7 +77,11 @@ def fused_decode_attention(
             "use kernel='torch'"
         )
     counts = [triton.cdiv(part.keys.shape[2], EXACT_TILE) for part in exact]
-    counts += [triton.cdiv(part.records.shape[1], CODED_TILE) for part in coded]
+    forms = [_form(part, query.dtype, size) for part in coded]
+    counts += [
+        triton.cdiv(part.records.shape[1], form.tile)
+        for part, form in zip(coded, forms, strict=True)
+    ]
     tiles = sum(counts)
 
     def new(*shape: int) -> torch.Tensor:
@@ -90,6 +93,7 @@ def fused_decode_attention(
     asked_strides = (query.stride(0), query.stride(1), _row_stride(cos))
     shared: dict[str, Any] = {
         "H": heads, "G": heads // kv_heads, "F": size // 2, "KIND": _kind(query.dtype),
+        "PACKED": query.dtype != torch.float32 and not INTERPRETED and torch.version.hip is None,
     }  # fmt: skip
     first = 0
     with _Branches(query.device) as branches:
@@ -98,9 +102,12 @@ def fused_decode_attention(
             if index < len(exact):
                 _exact(exact[index], asked, asked_strides, partial, count, numbers, shared)
             else:
-                part = coded[index - len(exact)]
+                place = index - len(exact)
                 with branches.next():
-                    _coded(part, asked, asked_strides, partial, count, kv_heads, numbers, shared)
+                    _coded(
+                        coded[place], forms[place], asked, asked_strides, partial, count, kv_heads,
+                        numbers, shared,
+                    )  # fmt: skip
             first += count
     out = torch.empty(rows, heads, size, dtype=query.dtype, device=query.device)
     columns = min(size, MERGED_COLUMNS)
@@ -163,8 +170,41 @@ def _exact(
     )  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """How the programs of codes are cut.
+
+    Attributes:
+        tile: entries of a program.
+        chunk: channels that are looked up at a time.
+        warps: of a program.
+        registers: of a thread; 0: as many as it takes.
+    """
+
+    tile: int
+    chunk: int
+    warps: int
+    registers: int = 0
+
+
+# Measured in docs/performance.md. Wide tiles turn directions into numbers for many entries at once;
+# of few entries narrow ones make more programs, which wait for memory side by side.
+WIDE, NARROW, SINGLE = _Form(128, 64, 8), _Form(32, 64, 8, 128), _Form(32, 32, 4)
+# Entries from which on tiles are wide, and the largest heads whose sums such a program can hold.
+WIDE_FROM = 512
+WIDEST_HEAD = 256
+
+
+def _form(part: CodedPart, dtype: torch.dtype, size: int) -> _Form:
+    if dtype == torch.float32:
+        return SINGLE
+    wide = part.records.shape[1] >= WIDE_FROM and size <= WIDEST_HEAD
+    return WIDE if wide else NARROW
+
+
 def _coded(
     part: CodedPart,
+    form: _Form,
     asked: tuple[torch.Tensor, ...],
     asked_strides: tuple[int, ...],
     partial: tuple[torch.Tensor, ...],
@@ -186,10 +226,7 @@ def _coded(
     share = kv_heads // keys.blocks
     heads = min(triton.next_power_of_2(share), max(1, MOST_COLUMNS // (2 * half)))
     heads = max(heads, LEAST // half)
-    order, hidden, log_weight = part.order, part.hidden, tables.log_weight
-    if order is None or hidden is None:
-        order = hidden = None
-    marks = 0 if hidden is None else hidden.shape[1]
+    log_weight = tables.log_weight
     # Codes are small numbers that float16 holds more finely than bfloat16.
     single = query.dtype == torch.float32
     books = codebooks_on(query.device, torch.float32 if single else torch.float16)
@@ -197,22 +234,30 @@ def _coded(
         *asked, part.records, tables.offsets, books, *_tensors(keys), *_tensors(values),
         tables.offsets if log_weight is None else log_weight,
         part.cos, part.sin, part.valid.view(torch.uint8),
-        tables.offsets if order is None else order, tables.offsets if hidden is None else hidden,
         *partial, *asked_strides, *part.records.stride()[:2], tables.record_bytes,
         _row_stride(tables.offsets), tables.offsets.stride(1), *_numbers(keys), *_numbers(values),
         0 if log_weight is None else _row_stride(log_weight),
         _row_stride(part.cos), part.cos.stride(1), _row_stride(part.valid),
-        0 if order is None else _row_stride(order), 0 if hidden is None else _row_stride(hidden),
-        marks, part.records.shape[1], *numbers[:2], keys.blocks, numbers[2], **shared,
-        P=_padded(heads * shared["G"]), TILE=CODED_TILE, CHUNK=CHUNK,
+        part.records.shape[1], *numbers[:2], keys.blocks, numbers[2], **shared,
+        P=_padded(heads * shared["G"]), TILE=form.tile, CHUNK=form.chunk,
+        K_GROUPS=triton.next_power_of_2(keys.channels // 8),
+        V_GROUPS=triton.next_power_of_2(values.channels // 8),
         STAGES=tables.offsets.shape[1], SHARE=share, HEADS=heads,
         K_CHOSEN=keys.rows is not None, K_WEIGHTED=keys.weight is not None,
         V_CHOSEN=values.rows is not None, V_WEIGHTED=values.weight is not None,
         BIASED=log_weight is not None, HALF=tables.half_gain, STEPS=tables.gain_steps,
-        HIDDEN=triton.next_power_of_2(marks) if marks else 0,
         CODE_KIND=tl.float32 if single else tl.float16,
-        **({} if single else {"maxnreg": CODED_REGISTERS}),
+        WHOLE=keys.basis.dtype == values.basis.dtype == torch.int8,
+        FENCED=shared["PACKED"] and _has_own_readers(query.device),
+        num_warps=form.warps, num_stages=1,
+        **({"maxnreg": form.registers} if form.registers else {}),
     )  # fmt: skip
+
+
+@functools.cache
+def _has_own_readers(device: torch.device) -> bool:
+    """Whether matrix products read shared memory by themselves: from Hopper on, and in tests."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _padded(queries: int) -> int:

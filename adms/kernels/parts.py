@@ -1,7 +1,7 @@
 """What decode attention reads: entries as they are, and entries as codes.
 
 Shapes: ``B`` rows, ``R`` rows or 1 where all rows agree, ``K`` KV heads, ``N`` entries, ``D`` head
-size, ``C`` coded channels of a block of heads, ``L`` landmarks.
+size, ``C`` coded channels of a block of heads.
 """
 
 from dataclasses import dataclass
@@ -41,9 +41,7 @@ class CodedPart:
         records: ``[B, N, bytes]`` uint8.
         tables: how they are read.
         cos, sin: ``[R, N, D]`` of their positions.
-        valid: ``[R, N]`` booleans.
-        order: ``[R, N]`` int32 numbers of the entries, by which ``hidden`` names them; or None.
-        hidden: ``[B, L]`` int32 numbers of entries not to be read (negative: none); or None.
+        valid: ``[R, N]`` booleans, which are read.
     """
 
     records: torch.Tensor
@@ -51,26 +49,6 @@ class CodedPart:
     cos: torch.Tensor
     sin: torch.Tensor
     valid: torch.Tensor
-    order: torch.Tensor | None = None
-    hidden: torch.Tensor | None = None
-
-    def visible(self) -> torch.Tensor:
-        """Which entries are read: ``[R or B, N]``."""
-        if self.order is None or self.hidden is None:
-            return self.valid
-        return self.valid & ~is_among(self.order, self.hidden)
-
-
-def is_among(order: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """Which of the numbers ``[R, N]`` are among ``[B, L]``: ``[B, N]``; negative ones never are."""
-    rows, count = hidden.shape[0], order.shape[1]
-    # One place more than there are numbers, for what is no number of an entry.
-    marked = torch.zeros(rows, count + 1, dtype=torch.bool, device=order.device)
-    index = torch.where((hidden >= 0) & (hidden < count), hidden, count).long()
-    marked.scatter_(1, index, True)
-    marked[:, count] = False
-    index = torch.where(order >= 0, order, count).long().expand(rows, -1)
-    return marked.gather(1, index)
 
 
 def decode(part: CodedPart, heads: int) -> tuple[torch.Tensor, torch.Tensor]:

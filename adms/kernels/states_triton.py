@@ -17,12 +17,30 @@ from adms.compressors.codebooks import GROUP, codebooks_on
 from adms.compressors.tables import CodeTables, Projection
 from adms.entries import Entries, TokenShape
 from adms.kernels.decode_attention_triton import _numbers, _row_stride, _tensors
-from adms.kernels.tiles import _channels, _directions, _gain, _offsets
+from adms.kernels.lookup import _channels, _gain, _reach
 
 # Records of a program, coded channels that are looked up at a time, least extent of a product.
 TILE = 32
 CHUNK = 32
 LEAST = 16
+
+
+@triton.jit
+def _directions(
+    basis, scale, deviation, rows, row, block, c, inside,
+    basis_row, basis_block, basis_channel, scale_row, scale_block, deviation_row, deviation_block,
+    rows_row, rows_block, CHOSEN: tl.constexpr,
+):  # fmt: skip
+    """Where the directions of channels ``c [CHUNK]`` start, and their factors."""
+    which = c
+    if CHOSEN:
+        at = rows + row * rows_row + block * rows_block + c
+        which = tl.load(at, mask=inside, other=0).to(tl.int32)
+    at = deviation + row * deviation_row + block * deviation_block + c
+    factor = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    at = scale + row * scale_row + block * scale_block + which
+    factor *= tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    return basis + row * basis_row + block * basis_block + which * basis_channel, factor
 
 
 @triton.jit
@@ -33,48 +51,52 @@ def coded_states(
     mean_row, mean_block, rows_row, rows_block, weight_row, weight_block, gain_start, gain_block,
     channels, first_group, rows_each, count, o_row, o_head, o_entry,
     TILE: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, SHARE: tl.constexpr,
-    SIZE: tl.constexpr, COLUMNS: tl.constexpr, CHOSEN: tl.constexpr, WEIGHTED: tl.constexpr,
-    HALF: tl.constexpr, STEPS: tl.constexpr, CODE_KIND: tl.constexpr,
+    SIZE: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, CHOSEN: tl.constexpr,
+    WEIGHTED: tl.constexpr, HALF: tl.constexpr, STEPS: tl.constexpr, CODE_KIND: tl.constexpr,
 ):  # fmt: skip
     """States of a tile of records; a program for the ``SHARE`` KV heads of a block."""
     tile, block, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     n = tile * TILE + tl.arange(0, TILE)
     held = n < count
+    # Behind the last record stands the last one again, which is not written.
+    n = tl.minimum(n, count - 1)
     at_record = n * r_entry
     records += row * r_row
-    offsets += row * offset_row
     # Rows of several layers lie one layer after the other, each layer with a basis.
     layer = row // rows_each
     basis += layer * basis_row
     scale += layer * scale_row
     weight += layer * weight_row
-    width: tl.constexpr = CHUNK // 8
+    groups = channels // 8
+    offsets += row * offset_row + first_group + block * groups
     j = tl.arange(0, COLUMNS)
     there = j < SHARE * SIZE
     states = tl.zeros([TILE, COLUMNS], dtype=tl.float32)
-    group = first_group + block * (channels // 8) + tl.arange(0, width)
-    last = first_group + (block + 1) * (channels // 8)
-    for start in range(0, channels, CHUNK):
-        c = start + tl.arange(0, CHUNK)
-        some = group < last
-        first = _offsets(offsets, 0, group, some, record_bytes, offset_stage)
-        if tl.max(first, axis=0) >= 0:
-            inside = c < channels
-            starts, factor = _directions(
-                basis, scale, deviation, rows, row, block, c, inside, 0, basis_block,
-                basis_channel, 0, scale_block, deviation_row, deviation_block, rows_row,
-                rows_block, CHOSEN,
-            )  # fmt: skip
-            mask = inside[:, None] & there[None, :]
-            directions = tl.load(starts[:, None] + j[None, :], mask=mask, other=0)
-            coded = _channels(
-                records, offsets, books, at_record, held, group, some, first, record_bytes,
-                offset_stage, STAGES, TILE, width,
-            )  # fmt: skip
-            coded = (coded * factor[None, :]).to(CODE_KIND)
-            states = tl.dot(coded, directions.to(CODE_KIND), states, input_precision="ieee")
-        group += width
-    gain = _gain(records, at_record, held, gain_start + block * gain_block, HALF, STEPS)
+    used = _reach(offsets, 0, record_bytes, offset_stage, groups, GROUPS)
+    deep, deeper = 0, 0
+    if STAGES > 2:
+        deep = _reach(offsets, 2, record_bytes, offset_stage, groups, GROUPS)
+    if STAGES > 3:
+        deeper = _reach(offsets, 3, record_bytes, offset_stage, groups, GROUPS)
+    for start in range(0, used, CHUNK // 8):
+        c = start * 8 + tl.arange(0, CHUNK)
+        inside = c < channels
+        starts, factor = _directions(
+            basis, scale, deviation, rows, row, block, c, inside, 0, basis_block,
+            basis_channel, 0, scale_block, deviation_row, deviation_block, rows_row,
+            rows_block, CHOSEN,
+        )  # fmt: skip
+        mask = inside[:, None] & there[None, :]
+        directions = tl.load(starts[:, None] + j[None, :], mask=mask, other=0)
+        group = start + tl.arange(0, CHUNK // 8)
+        coded = _channels(
+            records, offsets, books, at_record, group, group < groups, start < deep,
+            start < deeper, record_bytes, offset_stage, STAGES,
+        )  # fmt: skip
+        coded = tl.reshape(coded, [TILE, CHUNK]).to(tl.float32) * factor[None, :]
+        coded = coded.to(CODE_KIND)
+        states = tl.dot(coded, directions.to(CODE_KIND), states, input_precision="ieee")
+    gain = _gain(records, at_record, gain_start + block * gain_block, HALF, STEPS)
     states *= gain[:, None]
     if WEIGHTED:
         at = weight + block * weight_block + j
@@ -133,7 +155,8 @@ def _states(
         tables.record_bytes, _row_stride(tables.offsets), tables.offsets.stride(1),
         *_numbers(side), first_group, rows // len(side.basis), count, *out.stride()[:3],
         TILE=TILE, CHUNK=CHUNK, STAGES=tables.offsets.shape[1], SHARE=share, SIZE=size,
-        COLUMNS=max(LEAST, triton.next_power_of_2(share * size)), CHOSEN=side.rows is not None,
+        COLUMNS=max(LEAST, triton.next_power_of_2(share * size)),
+        GROUPS=triton.next_power_of_2(side.channels // GROUP), CHOSEN=side.rows is not None,
         WEIGHTED=side.weight is not None, HALF=tables.half_gain, STEPS=tables.gain_steps,
         CODE_KIND=kind,
     )  # fmt: skip

@@ -16,11 +16,28 @@ Source: Dao et al. (2023), Flash-Decoding, for the split over entries; differs i
 import triton
 import triton.language as tl
 
+from adms.kernels.lookup import _centre, _chunk, _fixed, _gain, _reach
+
+
+@triton.jit
+def _publish(FENCED: tl.constexpr):
+    """Lets products that read shared memory by themselves see what all threads have written there.
+
+    Triton's own fence comes behind its barrier where the other operand passes through shared
+    memory, and a fence is for what its own thread has written (seen with 3.6 and 3.9).
+    """
+    if FENCED:
+        tl.inline_asm_elementwise(
+            "fence.proxy.async.shared::cta; mov.b32 $0, $1;", "=r,r", [tl.arange(0, 32)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+        tl.debug_barrier()
+
 
 @triton.jit
 def _queries(
     query, cos, sin, row, kv, count, q_row, q_head, t_row,
-    G: tl.constexpr, P: tl.constexpr, F: tl.constexpr, HEADS: tl.constexpr,
+    G: tl.constexpr, P: tl.constexpr, F: tl.constexpr, HEADS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Both halves ``[P, HEADS * F]`` of the queries of ``count`` KV heads, at their position.
 
@@ -35,23 +52,23 @@ def _queries(
     second = tl.load(at + F, mask=own, other=0.0).to(tl.float32)
     c = tl.load(cos + row * t_row + d).to(tl.float32)[None, :]
     s = tl.load(sin + row * t_row + d).to(tl.float32)[None, :]
-    return first * c - second * s, second * c + first * s
+    return _fixed(first * c - second * s, PACKED), _fixed(second * c + first * s, PACKED)
 
 
 @triton.jit
 def _scores(
-    q1, q2, k1, k2, cos, sin, n, held, row, t_row, t_entry, scaling,
-    F: tl.constexpr, HEADS: tl.constexpr, KIND: tl.constexpr,
+    q1, q2, k1, k2, cos, sin, n, row, t_row, t_entry, scaling,
+    F: tl.constexpr, HEADS: tl.constexpr, KIND: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Scores ``[P, TILE]`` of queries and keys ``[TILE, HEADS * F]`` that are rotated here."""
     d = tl.arange(0, HEADS * F) % F
     at = n[:, None] * t_entry + d[None, :]
-    c = tl.load(cos + row * t_row + at, mask=held[:, None], other=0.0).to(tl.float32)
-    s = tl.load(sin + row * t_row + at, mask=held[:, None], other=0.0).to(tl.float32)
-    r1 = k1 * c - k2 * s
-    r2 = k2 * c + k1 * s
-    score = tl.dot(q1.to(KIND), tl.trans(r1.to(KIND)), input_precision="ieee")
-    score += tl.dot(q2.to(KIND), tl.trans(r2.to(KIND)), input_precision="ieee")
+    c = tl.load(cos + row * t_row + at).to(tl.float32)
+    s = tl.load(sin + row * t_row + at).to(tl.float32)
+    r1 = _fixed((k1 * c - k2 * s).to(KIND), PACKED)
+    r2 = _fixed((k2 * c + k1 * s).to(KIND), PACKED)
+    score = tl.dot(q1.to(KIND), tl.trans(r1), input_precision="ieee")
+    score = tl.dot(q2.to(KIND), tl.trans(r2), score, input_precision="ieee")
     return score * scaling
 
 
@@ -71,13 +88,17 @@ def exact_tiles(
     q_row, q_head, qt_row, k_row, k_head, k_entry, v_row, v_head, v_entry, t_row, t_entry,
     valid_row, b_row, b_head, count, first_tile, tiles, scaling,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr,
-    HEADS: tl.constexpr, KIND: tl.constexpr, BIASED: tl.constexpr,
+    HEADS: tl.constexpr, KIND: tl.constexpr, BIASED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Tiles of entries as they are; a program for each KV head, the first of ``HEADS`` places."""
     tile, kv, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    q1, q2 = _queries(query, q_cos, q_sin, row, kv, 1, q_row, q_head, qt_row, G, P, F, HEADS)
+    q1, q2 = _queries(
+        query, q_cos, q_sin, row, kv, 1, q_row, q_head, qt_row, G, P, F, HEADS, PACKED
+    )
     n = tile * TILE + tl.arange(0, TILE)
     held = n < count
+    # Behind the last entry stands the last one again, which is not shown.
+    n = tl.minimum(n, count - 1)
     j = tl.arange(0, HEADS * F)
     inside = held[:, None] & (j < F)[None, :]
     at = keys + row * k_row + kv * k_head + n[:, None] * k_entry + j[None, :]
@@ -86,7 +107,9 @@ def exact_tiles(
     e = tl.arange(0, 2 * F)
     at = values + row * v_row + kv * v_head + n[:, None] * v_entry + e[None, :]
     value = tl.load(at, mask=held[:, None], other=0.0)
-    score = _scores(q1, q2, k1, k2, cos, sin, n, held, row, t_row, t_entry, scaling, F, HEADS, KIND)
+    score = _scores(
+        q1, q2, k1, k2, cos, sin, n, row, t_row, t_entry, scaling, F, HEADS, KIND, PACKED
+    )
     if BIASED:
         at = bias + row * b_row + kv * b_head + n
         score += tl.load(at, mask=held, other=0.0).to(tl.float32)[None, :]
@@ -104,106 +127,11 @@ def exact_tiles(
 
 
 @triton.jit
-def _offsets(offsets, stage, group, some, record_bytes, offset_stage):
-    """Bytes ``[WIDTH]`` that hold the codes of some groups in a stage; negative: there is none."""
-    found = tl.load(offsets + stage * offset_stage + group, mask=some, other=-1)
-    return tl.where(found < record_bytes, found, -1)
-
-
-@triton.jit
-def _codes(records, at_record, held, offset):
-    """Codes ``[TILE, WIDTH]`` at those bytes."""
-    coded = held[:, None] & (offset >= 0)[None, :]
-    return tl.load(records + at_record[:, None] + offset[None, :], mask=coded, other=0)
-
-
-@triton.jit
-def _words(books, code, held, offset, stage):
-    """Codewords ``[TILE, WIDTH, 8]`` of a stage, zeros where there is no code."""
-    coded = held[:, None] & (offset >= 0)[None, :]
-    word = ((stage * 256 + code.to(tl.int32)) * 8)[:, :, None] + tl.arange(0, 8)[None, None, :]
-    return tl.load(books + word, mask=coded[:, :, None], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _channels(
-    records, offsets, books, at_record, held, group, some, first, record_bytes, offset_stage,
-    STAGES: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Channels ``[TILE, 8 * WIDTH]`` of ``WIDTH`` groups: the sum of their stages' codewords.
-
-    Written in the order in which loads should leave: what does not follow from another load waits
-    for memory together. Few groups have more than two stages. ``first`` are the first one's bytes.
-    """
-    second = tl.full([WIDTH], -1, dtype=tl.int32)
-    third = second
-    if STAGES > 1:
-        second = _offsets(offsets, 1, group, some, record_bytes, offset_stage)
-    if STAGES > 2:
-        third = _offsets(offsets, 2, group, some, record_bytes, offset_stage)
-    code = _codes(records, at_record, held, first)
-    if STAGES > 1:
-        other = _codes(records, at_record, held, second)
-        total = _words(books, code, held, first, 0) + _words(books, other, held, second, 1)
-    else:
-        total = _words(books, code, held, first, 0)
-    if STAGES > 2:  # noqa: SIM102, which of the two the compiler decides
-        if tl.max(third, axis=0) >= 0:
-            code = _codes(records, at_record, held, third)
-            if STAGES > 3:
-                fourth = _offsets(offsets, 3, group, some, record_bytes, offset_stage)
-                code_4 = _codes(records, at_record, held, fourth)
-            if STAGES > 4:
-                fifth = _offsets(offsets, 4, group, some, record_bytes, offset_stage)
-                code_5 = _codes(records, at_record, held, fifth)
-            if STAGES > 5:
-                sixth = _offsets(offsets, 5, group, some, record_bytes, offset_stage)
-                code_6 = _codes(records, at_record, held, sixth)
-            total += _words(books, code, held, third, 2)
-            if STAGES > 3:
-                total += _words(books, code_4, held, fourth, 3)
-            if STAGES > 4:
-                total += _words(books, code_5, held, fifth, 4)
-            if STAGES > 5:
-                total += _words(books, code_6, held, sixth, 5)
-    return tl.reshape(total, [TILE, 8 * WIDTH])
-
-
-@triton.jit
-def _directions(
-    basis, scale, deviation, rows, row, block, c, inside,
-    basis_row, basis_block, basis_channel, scale_row, scale_block, deviation_row, deviation_block,
-    rows_row, rows_block, CHOSEN: tl.constexpr,
-):  # fmt: skip
-    """Where the directions of channels ``c [CHUNK]`` start, and their factors."""
-    which = c
-    if CHOSEN:
-        at = rows + row * rows_row + block * rows_block + c
-        which = tl.load(at, mask=inside, other=0).to(tl.int32)
-    at = deviation + row * deviation_row + block * deviation_block + c
-    factor = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    at = scale + row * scale_row + block * scale_block + which
-    factor *= tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    return basis + row * basis_row + block * basis_block + which * basis_channel, factor
-
-
-@triton.jit
-def _gain(records, at_record, held, start, HALF: tl.constexpr, STEPS: tl.constexpr):
-    """Gains ``[TILE]``."""
-    low = tl.load(records + at_record + start, mask=held, other=0)
-    if HALF:
-        high = tl.load(records + at_record + start + 1, mask=held, other=0)
-        bits = low.to(tl.uint16) | (high.to(tl.uint16) << 8)
-        return bits.to(tl.float16, bitcast=True).to(tl.float32)
-    return tl.exp2((low.to(tl.float32) - 128.0) / STEPS)
-
-
-@triton.jit
 def coded_tiles(
     query, q_cos, q_sin, records, offsets, books,
     k_basis, k_scale, k_deviation, k_mean, k_rows, k_weight,
     v_basis, v_scale, v_deviation, v_mean, v_rows, v_weight,
-    log_weight, cos, sin, valid, order, hidden, maxima, sums, totals,
+    log_weight, cos, sin, valid, maxima, sums, totals,
     q_row, q_head, qt_row, r_row, r_entry, record_bytes, offset_row, offset_stage,
     k_basis_row, k_basis_block, k_basis_channel, k_scale_row, k_scale_block, k_deviation_row,
     k_deviation_block, k_mean_row, k_mean_block, k_rows_row, k_rows_block, k_weight_row,
@@ -211,13 +139,15 @@ def coded_tiles(
     v_basis_row, v_basis_block, v_basis_channel, v_scale_row, v_scale_block, v_deviation_row,
     v_deviation_block, v_mean_row, v_mean_block, v_rows_row, v_rows_block, v_weight_row,
     v_weight_block, v_gain, v_gain_block, v_channels, log_row,
-    t_row, t_entry, valid_row, order_row, hidden_row, num_hidden, count, first_tile, tiles, blocks,
+    t_row, t_entry, valid_row, count, first_tile, tiles, blocks,
     scaling,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr,
     CHUNK: tl.constexpr, STAGES: tl.constexpr, SHARE: tl.constexpr, HEADS: tl.constexpr,
+    K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
     K_CHOSEN: tl.constexpr, K_WEIGHTED: tl.constexpr, V_CHOSEN: tl.constexpr,
     V_WEIGHTED: tl.constexpr, BIASED: tl.constexpr, HALF: tl.constexpr, STEPS: tl.constexpr,
-    HIDDEN: tl.constexpr, KIND: tl.constexpr, CODE_KIND: tl.constexpr,
+    KIND: tl.constexpr, CODE_KIND: tl.constexpr, PACKED: tl.constexpr,
+    WHOLE: tl.constexpr, FENCED: tl.constexpr,
 ):  # fmt: skip
     """Tiles of codes; a program for ``HEADS`` of the ``SHARE`` KV heads of a block."""
     tile, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
@@ -226,115 +156,95 @@ def coded_tiles(
     head = tl.program_id(1) % pieces * HEADS
     own_heads = tl.minimum(SHARE - head, HEADS)
     kv = block * SHARE + head
-    q1, q2 = _queries(
-        query, q_cos, q_sin, row, kv, own_heads, q_row, q_head, qt_row, G, P, F, HEADS
-    )
     n = tile * TILE + tl.arange(0, TILE)
     held = n < count
+    # Behind the last entry stands the last one again, which is not shown.
+    n = tl.minimum(n, count - 1)
     at_record = n * r_entry
     records += row * r_row
-    offsets += row * offset_row
-    width: tl.constexpr = CHUNK // 8
+    k_offsets = offsets + row * offset_row + block * (k_channels // 8)
+    v_offsets = offsets + row * offset_row + (blocks * k_channels + block * v_channels) // 8
     # Columns of the basis: the first half of every head of the program; the second lies F behind.
     j = tl.arange(0, HEADS * F)
-    column = (head + j // F) * 2 * F + j % F
-    there = j // F < own_heads
+    column = tl.minimum(head + j // F, SHARE - 1) * 2 * F + j % F
     k1 = tl.zeros([TILE, HEADS * F], dtype=tl.float32)
     k2 = tl.zeros([TILE, HEADS * F], dtype=tl.float32)
-    group = block * (k_channels // 8) + tl.arange(0, width)
-    last = (block + 1) * (k_channels // 8)
-    ahead = _offsets(offsets, 0, group, group < last, record_bytes, offset_stage)
-    for start in range(0, k_channels, CHUNK):
-        c = start + tl.arange(0, CHUNK)
-        first, some, own_group = ahead, group < last, group
-        group += width
-        ahead = _offsets(offsets, 0, group, group < last, record_bytes, offset_stage)
-        if tl.max(first, axis=0) >= 0:
-            inside = c < k_channels
-            starts, factor = _directions(
-                k_basis, k_scale, k_deviation, k_rows, row, block, c, inside, k_basis_row,
-                k_basis_block, k_basis_channel, k_scale_row, k_scale_block, k_deviation_row,
-                k_deviation_block, k_rows_row, k_rows_block, K_CHOSEN,
-            )  # fmt: skip
-            element = starts[:, None] + column[None, :]
-            mask = inside[:, None] & there[None, :]
-            b1 = tl.load(element, mask=mask, other=0)
-            b2 = tl.load(element + F, mask=mask, other=0)
-            coded = _channels(
-                records, offsets, books, at_record, held, own_group, some, first, record_bytes,
-                offset_stage, STAGES, TILE, width,
-            )  # fmt: skip
-            coded = (coded * factor[None, :]).to(CODE_KIND)
-            k1 = tl.dot(coded, b1.to(CODE_KIND), k1, input_precision="ieee")
-            k2 = tl.dot(coded, b2.to(CODE_KIND), k2, input_precision="ieee")
-    gain = _gain(records, at_record, held, k_gain + block * k_gain_block, HALF, STEPS)
-    k1, k2 = k1 * gain[:, None], k2 * gain[:, None]
-    if K_WEIGHTED:
-        at = k_weight + row * k_weight_row + block * k_weight_block + column
-        k1 /= tl.load(at, mask=there, other=1.0).to(tl.float32)[None, :]
-        k2 /= tl.load(at + F, mask=there, other=1.0).to(tl.float32)[None, :]
-    at = k_mean + row * k_mean_row + block * k_mean_block + column
-    k1 += tl.load(at, mask=there, other=0.0).to(tl.float32)[None, :]
-    k2 += tl.load(at + F, mask=there, other=0.0).to(tl.float32)[None, :]
-    score = _scores(q1, q2, k1, k2, cos, sin, n, held, row, t_row, t_entry, scaling, F, HEADS, KIND)
+    used = _reach(k_offsets, 0, record_bytes, offset_stage, k_channels // 8, K_GROUPS)
+    deep, deeper = 0, 0
+    if STAGES > 2:
+        deep = _reach(k_offsets, 2, record_bytes, offset_stage, k_channels // 8, K_GROUPS)
+    if STAGES > 3:
+        deeper = _reach(k_offsets, 3, record_bytes, offset_stage, k_channels // 8, K_GROUPS)
+    for start in range(0, used, CHUNK // 8):
+        coded, b1, b2 = _chunk(
+            records, k_offsets, books, at_record, start, k_channels // 8, deep, deeper,
+            record_bytes, offset_stage, k_basis + row * k_basis_row + block * k_basis_block,
+            k_scale + row * k_scale_row + block * k_scale_block,
+            k_deviation + row * k_deviation_row + block * k_deviation_block,
+            k_rows + row * k_rows_row + block * k_rows_block, column, k_basis_channel,
+            F, CHUNK, STAGES, TILE, K_CHOSEN, CODE_KIND, PACKED, WHOLE,
+        )  # fmt: skip
+        _publish(FENCED)
+        k1 = tl.dot(coded, b1, k1, input_precision="ieee")
+        k2 = tl.dot(coded, b2, k2, input_precision="ieee")
+    w1, w2, m1, m2 = _centre(
+        k_mean + row * k_mean_row + block * k_mean_block,
+        k_weight + row * k_weight_row + block * k_weight_block, column, F, K_WEIGHTED, PACKED,
+    )  # fmt: skip
+    gain = _gain(records, at_record, k_gain + block * k_gain_block, HALF, STEPS)
+    k1 = k1 * gain[:, None] * w1[None, :] + m1[None, :]
+    k2 = k2 * gain[:, None] * w2[None, :] + m2[None, :]
+    q1, q2 = _queries(
+        query, q_cos, q_sin, row, kv, own_heads, q_row, q_head, qt_row, G, P, F, HEADS, PACKED
+    )
+    score = _scores(
+        q1, q2, k1, k2, cos, sin, n, row, t_row, t_entry, scaling, F, HEADS, KIND, PACKED
+    )
     g = tl.arange(0, P)
     own = g < own_heads * G
     if BIASED:
         at = log_weight + row * log_row + kv + g // G
         score += tl.load(at, mask=own, other=0.0).to(tl.float32)[:, None]
-    shown = held & (tl.load(valid + row * valid_row + n, mask=held, other=0) != 0)
-    if HIDDEN:
-        own_order = tl.load(order + row * order_row + n, mask=held, other=-1)
-        mark = tl.arange(0, HIDDEN)
-        marks = tl.load(hidden + row * hidden_row + mark, mask=mark < num_hidden, other=-2)
-        same = (own_order[:, None] == marks[None, :]).to(tl.int32)
-        shown = shown & (tl.sum(same, axis=1) == 0)
+    shown = held & (tl.load(valid + row * valid_row + n) != 0)
     most, total, weight = _weights(score, shown)
-    gain = _gain(records, at_record, held, v_gain + block * v_gain_block, HALF, STEPS)
+    gain = _gain(records, at_record, v_gain + block * v_gain_block, HALF, STEPS)
     # What is not read may decode to anything, and nothing times NaN is NaN.
     weight = tl.where(shown[None, :], weight * gain[None, :], 0.0)
     # Means of channels are as small as channels are, which sums need not be.
     size = tl.sum(weight, axis=1)
     weight = (weight / tl.where(size > 0, size, 1.0)[:, None]).to(CODE_KIND)
-    i = tl.arange(0, 2 * HEADS * F)
-    column = head * 2 * F + i
-    there = i // (2 * F) < own_heads
-    summed = tl.zeros([P, 2 * HEADS * F], dtype=tl.float32)
-    group = blocks * (k_channels // 8) + block * (v_channels // 8) + tl.arange(0, width)
-    last = blocks * (k_channels // 8) + (block + 1) * (v_channels // 8)
-    ahead = _offsets(offsets, 0, group, group < last, record_bytes, offset_stage)
-    for start in range(0, v_channels, CHUNK):
-        c = start + tl.arange(0, CHUNK)
-        first, some, own_group = ahead, group < last, group
-        group += width
-        ahead = _offsets(offsets, 0, group, group < last, record_bytes, offset_stage)
-        if tl.max(first, axis=0) >= 0:
-            inside = c < v_channels
-            starts, factor = _directions(
-                v_basis, v_scale, v_deviation, v_rows, row, block, c, inside, v_basis_row,
-                v_basis_block, v_basis_channel, v_scale_row, v_scale_block, v_deviation_row,
-                v_deviation_block, v_rows_row, v_rows_block, V_CHOSEN,
-            )  # fmt: skip
-            mask = inside[:, None] & there[None, :]
-            b = tl.load(starts[:, None] + column[None, :], mask=mask, other=0)
-            coded = _channels(
-                records, offsets, books, at_record, held, own_group, some, first, record_bytes,
-                offset_stage, STAGES, TILE, width,
-            )  # fmt: skip
-            mean = tl.dot(weight, coded.to(CODE_KIND), input_precision="ieee")
-            mean = (mean * factor[None, :]).to(CODE_KIND)
-            summed = tl.dot(mean, b.to(CODE_KIND), summed, input_precision="ieee")
-    summed *= size[:, None]
-    if V_WEIGHTED:
-        at = v_weight + row * v_weight_row + block * v_weight_block + column
-        summed /= tl.load(at, mask=there, other=1.0).to(tl.float32)[None, :]
-    at = v_mean + row * v_mean_row + block * v_mean_block + column
-    summed += total[:, None] * tl.load(at, mask=there, other=0.0).to(tl.float32)[None, :]
+    v1 = tl.zeros([P, HEADS * F], dtype=tl.float32)
+    v2 = tl.zeros([P, HEADS * F], dtype=tl.float32)
+    used = _reach(v_offsets, 0, record_bytes, offset_stage, v_channels // 8, V_GROUPS)
+    if STAGES > 2:
+        deep = _reach(v_offsets, 2, record_bytes, offset_stage, v_channels // 8, V_GROUPS)
+    if STAGES > 3:
+        deeper = _reach(v_offsets, 3, record_bytes, offset_stage, v_channels // 8, V_GROUPS)
+    for start in range(0, used, CHUNK // 8):
+        coded, b1, b2 = _chunk(
+            records, v_offsets, books, at_record, start, v_channels // 8, deep, deeper,
+            record_bytes, offset_stage, v_basis + row * v_basis_row + block * v_basis_block,
+            v_scale + row * v_scale_row + block * v_scale_block,
+            v_deviation + row * v_deviation_row + block * v_deviation_block,
+            v_rows + row * v_rows_row + block * v_rows_block, column, v_basis_channel,
+            F, CHUNK, STAGES, TILE, V_CHOSEN, CODE_KIND, PACKED, WHOLE,
+        )  # fmt: skip
+        mean = tl.dot(weight, coded, input_precision="ieee").to(CODE_KIND)
+        v1 = tl.dot(mean, b1, v1, input_precision="ieee")
+        v2 = tl.dot(mean, b2, v2, input_precision="ieee")
+    w1, w2, m1, m2 = _centre(
+        v_mean + row * v_mean_row + block * v_mean_block,
+        v_weight + row * v_weight_row + block * v_weight_block, column, F, V_WEIGHTED, PACKED,
+    )  # fmt: skip
+    v1 = v1 * size[:, None] * w1[None, :] + total[:, None] * m1[None, :]
+    v2 = v2 * size[:, None] * w2[None, :] + total[:, None] * m2[None, :]
     out = (row * H + kv * G + g) * tiles + first_tile + tile
     tl.store(maxima + out, most, mask=own)
     tl.store(sums + out, total, mask=own)
-    mine = own[:, None] & (g[:, None] // G == i[None, :] // (2 * F))
-    tl.store(totals + out[:, None] * (2 * F) + (i % (2 * F))[None, :], summed, mask=mine)
+    mine = own[:, None] & (g[:, None] // G == j[None, :] // F)
+    at = totals + out[:, None] * (2 * F) + (j % F)[None, :]
+    tl.store(at, v1, mask=mine)
+    tl.store(at + F, v2, mask=mine)
 
 
 @triton.jit

@@ -97,10 +97,11 @@ def coded_part(
     tables = coder.tables(header, coder.record_bytes)
     if tables is None:
         raise RuntimeError(f"{name} has no tables")
-    valid = (torch.arange(count) < count - 2)[None].expand(rows, -1).contiguous()
-    order = torch.arange(count, dtype=torch.int32)[None]
-    hidden = torch.tensor([[0, 5, -1]] * rows, dtype=torch.int32)
-    part = CodedPart(records, tables, *rotations(1, count, size, seed + 3), valid, order, hidden)
+    # Some are not there yet; others are hidden, in each row its own.
+    valid = (torch.arange(count) < count - 2).repeat(rows, 1)
+    valid[:, 0] = False
+    valid[torch.arange(rows), 3 + torch.arange(rows)] = False
+    part = CodedPart(records, tables, *rotations(1, count, size, seed + 3), valid)
     return part, coder.decode(header, records)
 
 

@@ -25,6 +25,7 @@ class Recorder:
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self.calls = 0
+        self.ptx: list[str] = []
 
     def __getitem__(self, grid: Any) -> Any:
         return self.compile
@@ -34,7 +35,8 @@ class Recorder:
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
-        options = {name: kwargs.pop(name) for name in ("num_warps", "maxnreg") if name in kwargs}
+        named = ("num_warps", "num_stages", "maxnreg")
+        options = {name: kwargs.pop(name) for name in named if name in kwargs}
         given = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
         constants = {
             (index,): given[parameter.name]
@@ -46,7 +48,8 @@ class Recorder:
             for parameter in self.kernel.params
         }
         source = ASTSource(self.kernel, signature, constants)
-        triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        self.ptx.append(found.asm["ptx"])
         self.calls += 1
 
 
@@ -61,6 +64,28 @@ def kind(argument: Any) -> str:
         torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
     }  # fmt: skip
     return "*" + names[argument.dtype]
+
+
+def unfenced_products(ptx: str) -> int:
+    """Products that read shared memory by themselves, not fenced from what threads wrote there.
+
+    Every thread has to fence what it has written before the barrier, not behind it. What is written
+    later and read by ``ldmatrix`` is an operand that reaches the product in registers.
+    """
+    found, state, published = 0, "none", False
+    for line in ptx.splitlines():
+        if "st.shared" in line or "stmatrix" in line:
+            published = published if state == "written" else state == "seen"
+            state = "written"
+        elif "fence.proxy.async" in line and state == "written":
+            state = "fenced"
+        elif ("bar.sync" in line and state == "fenced") or (
+            "ldmatrix" in line and state == "written" and published
+        ):
+            state = "seen"
+        elif "wgmma.mma_async" in line and state != "seen":
+            found += 1
+    return found
 
 
 @pytest.mark.parametrize(
@@ -81,7 +106,8 @@ def test_kernels_compile_for_hopper(
         for name in ("keys", "values", "cos", "sin"):
             object.__setattr__(part, name, getattr(part, name).to(dtype))
     coded = [
-        blocked_part(1, kv_heads, 40, size, blocks=2),
+        blocked_part(1, kv_heads, host.WIDE_FROM, size, blocks=2),
+        coded_part("quantized", 1, kv_heads, host.WIDE_FROM, size)[0],
         coded_part("quantized", 1, kv_heads, 20, size)[0],
     ]
     query = draw(1, heads, size, seed=0).to(dtype)
@@ -91,8 +117,11 @@ def test_kernels_compile_for_hopper(
     ring, flag = exact[0].keys, torch.zeros(1, dtype=torch.uint8)
     host.fused_write_token(key, key, ring, ring, torch.tensor([1]), flag)
     assert {name: one.calls for name, one in recorders.items()} == {
-        "exact_tiles": 2, "coded_tiles": 2, "merge": 1, "write_token": 1,
+        "exact_tiles": 2, "coded_tiles": 3, "merge": 1, "write_token": 1,
     }  # fmt: skip
+    every = [ptx for one in recorders.values() for ptx in one.ptx]
+    assert any("wgmma.mma_async" in ptx for ptx in every) == (dtype != torch.float32)
+    assert sum(unfenced_products(ptx) for ptx in every) == 0
 
 
 def test_the_search_for_codewords_compiles(monkeypatch: pytest.MonkeyPatch) -> None:

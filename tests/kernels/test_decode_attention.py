@@ -65,8 +65,7 @@ def oracle(
             asked = turn(query[row, head].double(), cos.double()[0], sin.double()[0])
             scores, values = [], []
             for part, (keys, own) in zip(parts, states, strict=True):
-                shown = part.valid if isinstance(part, ExactPart) else part.visible()
-                shown = shown.expand(query.shape[0], -1)[row]
+                shown = part.valid.expand(query.shape[0], -1)[row]
                 turned = turn(keys[row, kv].double(), part.cos.double()[0], part.sin.double()[0])
                 score = turned @ asked * scaling
                 if isinstance(part, ExactPart) and part.log_weight is not None:
@@ -120,7 +119,7 @@ def test_basis_per_block_of_heads(blocks: int, fused: bool) -> None:
 @pytest.mark.parametrize("name", ["low_rank", "quantized"])
 def test_tables_decode_what_the_coder_decodes(name: str) -> None:
     part, decoded = coded_part(name, 2, 2, 30, 16)
-    shown = part.valid[0]
+    shown = part.valid.all(0)
     for found, expected in zip(decode(part, 2), (decoded.keys, decoded.values), strict=True):
         assert_close(found[:, :, shown], expected[:, :, shown], atol=1e-5, rtol=1e-5)
 
