@@ -40,6 +40,7 @@ from adms.kernels import Kernel, check_kernel
 from adms.moments import fit_to_own_texts, plan_calibration, resolve_calibration
 from adms.patches import Family, find_family
 from adms.patches.base import bind_method, modeling_function
+from adms.ranks import Ranks
 from adms.streaming import named_arguments, stream
 
 Undo = Callable[[], None]
@@ -122,6 +123,7 @@ class Installation:
             self.family.default_sinks(decoder.config),
         )
 
+        ranks = Ranks.of(compat.tensor_parallel_group(model))
         uses = compressor is not None and compressor.uses_calibration
         if calibration is not None and not uses:
             raise ADMSValueError(
@@ -153,7 +155,8 @@ class Installation:
                 context=context,
                 kernel=kernel,
                 # Ranks wait for one another in a pass, and each would capture at a time of its own.
-                captures=self.family.captures and not getattr(model, "tp_size", None),
+                captures=self.family.captures and ranks.size == 1,
+                ranks=ranks,
                 calibration=calibration,
                 fit=self._fit,
                 gates=gates,

@@ -135,11 +135,9 @@ def attend_chunk(
     tables = _places(cache, layer, scheme, view, query).query_tables
     heads = query.shape[1]
     rotated = scheme.rotate(torch.cat([query, staged.keys], dim=1), tables)
-    group = heads // staged.keys.shape[1]
-    key = ("causal", group, query.device, query.dtype)
-    causal = view.shared.get(key)
-    if not isinstance(causal, torch.Tensor):
-        causal = view.shared[key] = causal_bias(view.columns, group, query.device, query.dtype)
+    causal = ("causal", heads // staged.keys.shape[1], query.device, query.dtype)
+    if causal not in view.shared:
+        view.shared[causal] = causal_bias(view.columns, *causal[1:])
     return attend_in_two(
         rotated[:, :heads],
         keys,
@@ -147,7 +145,7 @@ def attend_chunk(
         bias,
         rotated[:, heads:],
         staged.values,
-        causal,
+        view.shared[causal],
         scaling,
     )
 
@@ -248,8 +246,8 @@ def _read(
     parts = [Entries(*(_beside(part[..., start:stop, :]) for part in stack.exact.tensors()))]
     totals = _totals(cache)
     if stack.reader is not None and any(totals):
-        by_kernel = decodes_by_kernel(cache.binding_for_use.kernel, query)
-        parts += _of_middle(stack.reader, totals, len(stack.layers), by_kernel)
+        fused = decodes_by_kernel(cache.binding_for_use.kernel, query)
+        parts += _of_middle(stack.reader, totals * len(stack.layers), len(stack.layers), fused)
     keys = torch.cat([part.keys for part in parts], dim=2) if len(parts) > 1 else parts[0].keys
     values = torch.cat([part.values for part in parts], dim=2)
     places = _places(cache, layer, scheme, view, query)
@@ -267,19 +265,17 @@ def _most(cache: ADMSKVCache, layer: ADMSLayer) -> int:
     return max(1, room // (4 * rows * heads * entries * (size + layer.exact.values.shape[3])))
 
 
-def _of_middle(
-    reader: MiddleTier, totals: list[int], layers: int, by_kernel: bool
-) -> list[Entries]:
+def _of_middle(reader: MiddleTier, totals: list[int], layers: int, fused: bool) -> list[Entries]:
     """The middle's entries and landmarks of several layers."""
-    geometry, of_layers = reader.plan.geometry, totals * layers
+    geometry = reader.plan.geometry
     coded = geometry.is_coded(totals[0])
-    whole, fine = reader.tables() if by_kernel and coded else (None, None)
-    entries = reader.read(of_layers, whole)
+    whole, fine = reader.tables() if fused and coded else (None, None)
+    entries = reader.read(totals, whole)
     if entries is None:
         return []
     found = [entries]
     if geometry.landmarks and coded:
-        found.append(reader.landmarks(of_layers, fine)[0])
+        found.append(reader.landmarks(totals, fine)[0])
     return [
         Entries(
             *(

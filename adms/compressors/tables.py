@@ -19,7 +19,8 @@ class Projection:
 
     Attributes:
         basis: ``[R, blocks, M, J]`` directions before scaling, integers or floats; heads are split
-            evenly over the blocks.
+            evenly over the blocks. Where rows of several layers lie one layer after the other,
+            ``[L, blocks, M, J]``, as ``scale`` and ``weight``.
         scale: ``[R, blocks, M]`` what each is multiplied with.
         deviation: ``[R, blocks, C]`` of the coded channels.
         mean: ``[R, blocks, J]``.

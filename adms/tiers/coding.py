@@ -184,7 +184,8 @@ class MiddleStack:
             data = self._by_layer(data)
             return [*writes, self._landmark_write(group.rows, store.header_bytes, data)]
         evidence = _evidence(store, coder, header, records, landmark_header, group.queries)
-        scores = self.plan.metric(group.entries, evidence).float()
+        # Metrics add up over heads, and heads may lie with several processes.
+        scores = self.plan.ranks.total(self.plan.metric(group.entries, evidence).float())
         held = store.read(present)
         candidates.append(
             Candidates(
@@ -418,15 +419,15 @@ def _turned(plan: MiddlePlan, group: _Group, material: Entries) -> _Turned:
         own = store.fit(arrived)
         chosen = store.update(own, None, arrived, plan.metric, plan.config)
         return _Turned(header, records, torch.cat([own, chosen], dim=1), None)
-    own = store.fit(group.entries)
+    own = store.fit(group.entries, plan.ranks)
     evidence = _evidence(store, coder, header, records, own, group.queries)
-    scores = plan.metric(group.entries, evidence)
+    scores = plan.ranks.total(plan.metric(group.entries, evidence).float())
     own = store.with_scale(own, scores)
     candidates = Candidates(
         rows=group.rows,
         records=store.encode(own, group.entries, header, records)[None],
         tokens=group.tokens,
-        scores=store.scaled(own, scores.float())[None],
+        scores=store.scaled(own, scores)[None],
         present=None,
     )
     return _Turned(header, records, own, candidates)
