@@ -135,9 +135,11 @@ def attend_chunk(
     tables = _places(cache, layer, scheme, view, query).query_tables
     heads = query.shape[1]
     rotated = scheme.rotate(torch.cat([query, staged.keys], dim=1), tables)
-    causal = ("causal", heads // staged.keys.shape[1], query.device, query.dtype)
-    if causal not in view.shared:
-        view.shared[causal] = causal_bias(view.columns, *causal[1:])
+    group = heads // staged.keys.shape[1]
+    key = ("causal", group, query.device, query.dtype)
+    causal = view.shared.get(key)
+    if not isinstance(causal, torch.Tensor):
+        causal = view.shared[key] = causal_bias(view.columns, group, query.device, query.dtype)
     return attend_in_two(
         rotated[:, :heads],
         keys,
@@ -145,7 +147,7 @@ def attend_chunk(
         bias,
         rotated[:, heads:],
         staged.values,
-        view.shared[causal],
+        causal,
         scaling,
     )
 
