@@ -4,6 +4,7 @@ A binding is made by ``enable`` for one configuration on one model and shared by
 cache; it holds nothing of any stream.
 """
 
+import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -17,9 +18,10 @@ from adms.compressors.base import Coder, Compressor, LayerContext, RawCoder
 from adms.config import ADMSConfig, Sizes
 from adms.entries import TokenShape
 from adms.errors import CacheStateError
+from adms.gates.shares import in_proportion
 from adms.importance import Metric
 from adms.kernels import Kernel
-from adms.positions import MiddleGeometry
+from adms.places import MiddleGeometry
 from adms.ranks import ALONE, Ranks
 from adms.tiers.head_landmarks import HeadLandmarkStore
 from adms.tiers.landmarks import ALIGNMENT, LandmarkStore, aligned
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 BUDGET_ITEMSIZE = 2
 # A code that holds fewer times as many tokens is not worth what it loses of them.
 WORTH_CODING = 1.5
+# Least bytes of a layer's codes where layers differ: with fewer, short streams are coded sooner.
+LEAST_PART = 0.5
 
 
 class PositionScheme(Protocol):
@@ -157,12 +161,11 @@ class Binding:
         calibration = self.calibration
         if calibration is None or calibration.is_fitted or self.fit is None:
             return
-        tokens = self.sizes.budget - self.sizes.waiting
         if timeline.batch_size != len(new):
             # Refused when the pass begins.
             return
         after = timeline.evicted_after(new)
-        if max(after) - self.sizes.sink > tokens and self.codes_anything:
+        if max(after) - self.sizes.sink > self.exact_tokens and self.codes_anything:
             self.fit(calibration)
 
     def require_active(self) -> None:
@@ -228,26 +231,60 @@ class Binding:
             self._plans[key] = self._make_plan(self.compressor, context, sizes)
         return self._plans[key]
 
+    @functools.cached_property
+    def _parts(self) -> dict[int, float]:
+        """Bytes of each layer's codes, in equal shares among layers of its shape."""
+        compressor = self.compressor
+        if compressor is None:
+            return {}
+        alike: dict[TokenShape, list[int]] = {}
+        for index, kind in enumerate(self.kinds):
+            if kind.plain is None:
+                alike.setdefault(kind.shape, []).append(index)
+        parts: dict[int, float] = {}
+        for layers in alike.values():
+            weights = [compressor.weight(index, self.config) for index in layers]
+            parts |= zip(layers, in_proportion(weights, LEAST_PART), strict=True)
+        return parts
+
+    def _tokens_for(self, part: float) -> int:
+        """Exact tokens whose bytes a layer's middle has: landmarks are as many in all layers."""
+        landmarks = self.config.importance_ratio
+        share = landmarks + (1.0 - landmarks) * part
+        # A hair more, so that an equal share is all of it.
+        return int((self.sizes.budget - self.sizes.waiting) * share + 1e-9)
+
+    @property
+    def exact_tokens(self) -> int:
+        """Tokens that the middle holds before it is coded, in all layers at the same moment."""
+        return self._tokens_for(min(self._parts.values(), default=1.0))
+
     def _make_plan(self, compressor: Compressor, context: LayerContext, sizes: Sizes) -> MiddlePlan:
         shape, dtype, config = context.shape, context.dtype, self.config
-        tokens = sizes.budget - sizes.waiting
-        raw = RawCoder(shape, dtype, tokens)
-        arena_bytes = tokens * raw.record_bytes
+        tokens, exact = self._tokens_for(self._parts[context.layer_idx]), self.exact_tokens
         whole = replace(context, shape=self.kinds[context.layer_idx].shape)
         ranks = self.ranks if shape == self.ranks.share_of(whole.shape) else ALONE
         if ranks.size == 1:
             whole = context
         # All ranks hold as many landmarks and records as one process with all heads would.
-        store, left = self._landmark_store(compressor, whole, tokens)
-        coder: Coder | None = compressor.bind(context, left // ranks.size, config)
-        if coder is not None and coder.capacity < WORTH_CODING * tokens:
-            coder, store = None, None
+        store = self._landmark_store(compressor, whole, sizes.budget - sizes.waiting, exact)
+        # The landmarks start aligned, which can cost up to one step.
+        left = tokens * whole.shape.num_elements * BUDGET_ITEMSIZE
+        left -= store.nbytes + ALIGNMENT if store is not None else 0
+        coder: Coder | None = compressor.bind(context, max(0, left) // ranks.size, config)
+        if coder is not None:
+            # Blocks for which nothing waits never come whole.
+            in_blocks = self.block_tokens % coder.block_tokens == 0
+            if not in_blocks or coder.capacity < WORTH_CODING * tokens:
+                coder, store = None, None
+        raw = RawCoder(shape, dtype, tokens if coder is None else exact)
+        arena_bytes = tokens * raw.record_bytes
         if ranks.size > 1 and coder is not None and store is not None:
             store = type(store)(shape, dtype, store.count, coder)
             # What does not divide, alignment and the like, comes on top.
             arena_bytes = max(arena_bytes, aligned(coder.nbytes) + store.nbytes)
         geometry = MiddleGeometry(
-            raw_tokens=tokens,
+            raw_tokens=raw.num_records,
             capacity=coder.capacity if coder is not None else 0,
             whole_records=coder.num_records if coder is not None else 0,
             block_tokens=coder.block_tokens if coder is not None else 1,
@@ -259,26 +296,28 @@ class Binding:
         )
 
     def _landmark_store(
-        self, compressor: Compressor, context: LayerContext, tokens: int
-    ) -> tuple[LandmarkStore | HeadLandmarkStore | None, int]:
-        """The store of landmarks in the bytes of ``tokens``, and how many bytes it leaves."""
+        self, compressor: Compressor, context: LayerContext, tokens: int, least: int
+    ) -> LandmarkStore | HeadLandmarkStore | None:
+        """The store of landmarks of a layer with the bytes of ``tokens``.
+
+        Args:
+            tokens: of an equal share of the bytes, since all layers have as many landmarks.
+            least: of the smallest share of any layer.
+        """
         shape, dtype, config = context.shape, context.dtype, self.config
-        # Counted like everything of the middle, at two bytes an element whatever the dtype.
-        coded_bytes = tokens * shape.num_elements * BUDGET_ITEMSIZE
         if config.importance_ratio == 0:
-            return None, coded_bytes
-        codes = compressor.bind(context, coded_bytes, config)
+            return None
+        # Counted like everything of the middle, at two bytes an element whatever the dtype.
+        token_bytes = shape.num_elements * BUDGET_ITEMSIZE
+        codes = compressor.bind(context, tokens * token_bytes, config)
         kind = HeadLandmarkStore if config.use_adaptive_budget else LandmarkStore
-        most = int(coded_bytes * config.importance_ratio)
+        most = int(tokens * token_bytes * config.importance_ratio)
         store = kind.within(shape, dtype, most, codes)
         if store.count < config.min_importance_tokens:
-            least = kind(shape, dtype, config.min_importance_tokens, codes)
+            fewest = kind(shape, dtype, config.min_importance_tokens, codes)
             # At most half, so that a small budget still codes something.
-            store = least if least.nbytes <= coded_bytes // 2 else store
-        if not store.count:
-            return None, coded_bytes
-        # The landmarks start aligned, which can cost up to one step.
-        return store, max(0, coded_bytes - store.nbytes - ALIGNMENT)
+            store = fewest if fewest.nbytes <= least * token_bytes // 2 else store
+        return store if store.count else None
 
     def max_layer_bytes(self, layer_idx: int, layer: Any) -> int:
         """Most bytes that one row of this layer ever takes."""

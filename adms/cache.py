@@ -23,6 +23,7 @@ from adms.binding import Binding
 from adms.commit import Commit
 from adms.config import ADMSConfig, Sizes
 from adms.errors import ADMSTypeError, ADMSValueError, CacheStateError
+from adms.kernels.choice import using
 from adms.layer import ADMSLayer
 from adms.positions import ForwardView
 from adms.stack import lay_together
@@ -32,6 +33,7 @@ from adms.timeline import Timeline
 
 if TYPE_CHECKING:
     from adms.attention.span_learner import SpanLearner
+    from adms.steady import SteadyCommit
     from adms.step import DecodeStep
 
 
@@ -275,8 +277,13 @@ class ADMSKVCache(Cache):
         elif after != timeline.evicted or view.device.type == "cpu":
             # What is not finite must not be coded; else there is time until the next call.
             self._require_finite_step()
-        commit = Commit(timeline, view, after, layers, windows)
-        commit.prepare()
+        commit: Commit | SteadyCommit | None = None
+        if view.is_step and self.step is not None:
+            commit = self.step.commit_of(timeline.evicted, after)
+        if commit is None:
+            commit = Commit(timeline, view, after, layers, windows)
+        with using(self.binding_for_use.kernel):
+            commit.prepare()
         spans = self._spans_after(view, layers)
         commit.keep_overwritten()
         try:
@@ -285,7 +292,7 @@ class ADMSKVCache(Cache):
             # falls before it or after it.
             self.timeline = timeline.after(view.new, after, view.columns)
             self.spans = spans
-            if self.step is not None and (commit.moves_tokens or not view.is_step):
+            if self.step is not None and commit.outdates_step:
                 self.step.stale = True
             if view.is_step and not commit.moves_tokens and view.device.type != "cpu":
                 view.release()

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from adms.attention.merged import attend_in_two, causal_bias
-from adms.attention.tiered import landmark_positions
 from adms.binding import PositionScheme
 from adms.cache import ADMSKVCache
 from adms.entries import Entries
 from adms.kernels.states import decodes_by_kernel
 from adms.layer import ADMSLayer
-from adms.positions import ForwardView, MiddleGeometry
+from adms.places import MiddleGeometry
+from adms.positions import ForwardView
 from adms.stack import run_of
 from adms.tiers.head_landmarks import HeadLandmarkStore
 from adms.tiers.middle import MiddleTier
@@ -207,10 +207,9 @@ def _make_places(
             # The same in all layers, which choose them together.
             marks = layer.middle.landmark_tokens().to(view.device)
             there = marks >= 0
-            positions.append(landmark_positions(marks, middle, view))
+            positions.append(view.places(geometry).landmarks(marks))
             hidden = middle.tokens[:, :, None] == torch.where(there, marks, -1)[:, None]
-            seen = ~hidden.any(2) if seen is None else seen & ~hidden.any(2)
-            shown += [seen, there]
+            shown += [seen & ~hidden.any(2), there]
         else:
             shown.append(seen)
     rows = max(part.shape[0] for part in [*positions, *shown] if part is not None)
@@ -248,8 +247,8 @@ def _read(
     parts = [Entries(*(_beside(part[..., start:stop, :]) for part in stack.exact.tensors()))]
     totals = _totals(cache)
     if stack.reader is not None and any(totals):
-        fused = decodes_by_kernel(cache.binding_for_use.kernel, query)
-        parts += _of_middle(stack.reader, totals * len(stack.layers), len(stack.layers), fused)
+        by_kernel = decodes_by_kernel(cache.binding_for_use.kernel, query)
+        parts += _of_middle(stack.reader, totals, len(stack.layers), by_kernel)
     keys = torch.cat([part.keys for part in parts], dim=2) if len(parts) > 1 else parts[0].keys
     values = torch.cat([part.values for part in parts], dim=2)
     places = _places(cache, layer, scheme, view, query)
@@ -267,17 +266,19 @@ def _most(cache: ADMSKVCache, layer: ADMSLayer) -> int:
     return max(1, room // (4 * rows * heads * entries * (size + layer.exact.values.shape[3])))
 
 
-def _of_middle(reader: MiddleTier, totals: list[int], layers: int, fused: bool) -> list[Entries]:
+def _of_middle(
+    reader: MiddleTier, totals: list[int], layers: int, by_kernel: bool
+) -> list[Entries]:
     """The middle's entries and landmarks of several layers."""
-    geometry = reader.plan.geometry
+    geometry, of_layers = reader.plan.geometry, totals * layers
     coded = geometry.is_coded(totals[0])
-    whole, fine = reader.tables() if fused and coded else (None, None)
-    entries = reader.read(totals, whole)
+    whole, fine = reader.tables() if by_kernel and coded else (None, None)
+    entries = reader.read(of_layers, whole)
     if entries is None:
         return []
     found = [entries]
     if geometry.landmarks and coded:
-        found.append(reader.landmarks(totals, fine)[0])
+        found.append(reader.landmarks(of_layers, fine)[0])
     return [
         Entries(
             *(

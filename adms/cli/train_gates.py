@@ -28,6 +28,9 @@ def main(
     recent: Annotated[int, typer.Option(help="Tokens that a query sees exactly.")] = 256,
     length: Annotated[int, typer.Option(help="Tokens of an excerpt.")] = 1024,
     rows: Annotated[int, typer.Option(help="Excerpts a step.")] = 1,
+    measured: Annotated[
+        int, typer.Option(help="Excerpts on which the layers' shares are measured.")
+    ] = 4,
     steps: Annotated[
         int, typer.Option(help="Steps of the optimiser; 0 sets the layers' shares alone.")
     ] = 100,
@@ -57,6 +60,7 @@ def main(
             recent=recent,
             length=length,
             rows=rows,
+            measured=measured,
             steps=steps,
             learning_rate=learning_rate,
             seed=seed,
@@ -80,8 +84,8 @@ def main(
                 bar.update(done - bar.n)
                 bar.set_postfix(loss=f"{loss:.4f}")
 
-            def on_measure(done: int, layers: int) -> None:
-                bar.set_postfix_str(f"shares of layers: {done} of {layers} measured")
+            def on_measure(done: int, count: int) -> None:
+                bar.set_postfix_str(f"shares of layers: {done} of {count} measurements")
 
             gates = train_gates(
                 loaded,

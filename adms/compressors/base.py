@@ -255,6 +255,10 @@ class Compressor(ABC):
         A coder whose ``capacity`` is not above what the same bytes hold exactly is never used.
         """
 
+    def weight(self, layer_idx: int, config: "ADMSConfig") -> float:
+        """How many bytes a layer's codes get, beside those of other layers of its shape."""
+        return 1.0
+
     def compress(
         self,
         entries: Entries,

@@ -8,7 +8,9 @@ Shapes: ``B`` rows, ``K`` KV heads, ``N`` tokens, ``R`` blocks (records), ``T`` 
 ``M`` entries of a block, ``I`` records of the compressor behind the gate in one of the gate's.
 """
 
+import copy
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,7 +42,9 @@ class GatedCoder(Coder):
     def __init__(self, inner: Coder, tokens: int, admitted: int, gate: torch.Tensor | None) -> None:
         self.inner = inner
         self.admitted = admitted
+        self.is_stackable = inner.is_stackable
         self._gates = {} if gate is None else {gate.device: gate}
+        self._layers = [self]
         self.block_tokens = tokens
         self.folds_once = inner.block_tokens == inner.entries_per_record == 1
         self.inner_records = admitted // inner.block_tokens
@@ -56,6 +60,13 @@ class GatedCoder(Coder):
             self.coarse_bytes = self.member_bytes + self.inner_records * inner.coarse_bytes
             self.num_coarse = inner.num_coarse * inner.coarse_bytes // self.coarse_bytes
 
+    def stacked(self, coders: Sequence[Coder]) -> Coder:
+        """One that applies each layer's own gate and code to its rows."""
+        twin = copy.copy(self)
+        twin._layers = [coder for coder in coders if isinstance(coder, GatedCoder)]
+        twin.inner = self.inner.stacked([coder.inner for coder in twin._layers])
+        return twin
+
     def fit(self, entries: Entries, queries: torch.Tensor | None = None) -> torch.Tensor:
         """The inner coder's header."""
         return self.inner.fit(entries, queries)
@@ -68,7 +79,8 @@ class GatedCoder(Coder):
         values = entries.values.unflatten(2, (-1, self.block_tokens))
         scores = None
         if self._gates:
-            scores = log_importance(self._gate_on(keys.device), keys, values)
+            weights = torch.stack([layer._gate_on(keys.device) for layer in self._layers])
+            scores = log_importance(weights, keys, values)
         hosts = choose_hosts(token_distance(keys, values), self.admitted, scores)
         folded = fold(keys, values, hosts, self.admitted)
         left = Entries(folded.keys.flatten(2, 3), folded.values.flatten(2, 3))
@@ -146,6 +158,13 @@ class GatedCompressor(Compressor):
         """Tokens of a block, of which the inner compressor gets whole blocks of its own."""
         inner = self.inner.block_tokens(config)
         return self.update.block_sizes(inner, config.compressed_budget)[0]
+
+    def weight(self, layer_idx: int, config: "ADMSConfig") -> float:
+        """The share of the tokens that the layer admits, so that all layers reach as far back."""
+        tokens, admitted = self.update.block_sizes(
+            self.inner.block_tokens(config), config.compressed_budget, layer_idx
+        )
+        return admitted / tokens
 
     def bind(self, context: LayerContext, nbytes: int, config: "ADMSConfig") -> Coder:
         """A coder for this layer; a layer that admits every token has no gate."""

@@ -69,14 +69,14 @@ def choose_hosts(
     cost = apart.clone()
     if log_importance is not None:
         cost = cost * _bounded(log_importance).flatten(0, 1).exp()[:, :, None]
-    every = torch.arange(len(cost), device=cost.device)
     index = torch.arange(tokens, device=cost.device)
     kept = torch.ones(len(cost), tokens, dtype=torch.bool, device=cost.device)
     for _ in range(tokens - admitted):
-        folded = cost.flatten(1).argmin(1) // tokens
-        kept[every, folded] = False
-        cost[every, folded] = torch.inf
-        cost[every, :, folded] = torch.inf
+        folded = cost.flatten(1).argmin(1, keepdim=True) // tokens
+        # Not by assignment, which sends a number to the device and waits for it.
+        kept.scatter_(1, folded, False)
+        cost.scatter_(1, folded[:, :, None].expand(-1, -1, tokens), torch.inf)
+        cost.scatter_(2, folded[:, None].expand(-1, tokens, -1), torch.inf)
     nearest = apart.masked_fill(~kept[:, None], torch.inf).argmin(2)
     return torch.where(kept, index, nearest).unflatten(0, (rows, blocks))
 

@@ -28,7 +28,7 @@ def log_importance(weight: torch.Tensor, keys: torch.Tensor, values: torch.Tenso
     """How much each token counts, as a logarithm: ``[B, ...]`` without the heads and their size.
 
     Args:
-        weight: ``[F]``.
+        weight: ``[F]``, or ``[L, F]`` for rows of ``L`` layers, one layer's after another's.
         keys: ``[B, K, ..., D]`` before positions.
         values: ``[B, K, ..., E]``.
 
@@ -41,12 +41,15 @@ def log_importance(weight: torch.Tensor, keys: torch.Tensor, values: torch.Tenso
         return flat * flat.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
 
     features = torch.cat([scaled(keys), scaled(values)], dim=-1)
-    if features.shape[-1] != weight.shape[0]:
+    if features.shape[-1] != weight.shape[-1]:
         raise ADMSValueError(
-            f"the gate is made for {weight.shape[0]} numbers a token, this layer has "
+            f"the gate is made for {weight.shape[-1]} numbers a token, this layer has "
             f"{features.shape[-1]}; gates do not work under tensor parallelism"
         )
-    return features @ weight
+    if weight.dim() == 1:
+        return features @ weight
+    by_layer = features.unflatten(0, (len(weight), -1))
+    return (by_layer.flatten(1, -2) @ weight[:, :, None]).view(features.shape[:-1])
 
 
 @dataclass(frozen=True, eq=False)

@@ -51,3 +51,25 @@ def water_fill(
         )
         chosen[layer] = at
     return tuple(steps[layer][at] for layer, at in enumerate(chosen))
+
+
+def in_proportion(weights: Sequence[float], least: float) -> tuple[float, ...]:
+    """Parts with a mean of 1, in proportion to positive weights as far as none is below ``least``.
+
+    Args:
+        weights: one per part.
+        least: at most 1.
+    """
+    raised: set[int] = set()
+    while True:
+        left = len(weights) - least * len(raised)
+        total = sum(weight for index, weight in enumerate(weights) if index not in raised)
+        parts = tuple(
+            least if index in raised else weight * left / total
+            for index, weight in enumerate(weights)
+        )
+        # A hair, so that weights that are alike give parts that are.
+        low = {index for index, part in enumerate(parts) if part < least - 1e-9}
+        if not low:
+            return parts
+        raised |= low

@@ -42,6 +42,7 @@ class GateTraining:
         recent: tokens that a query sees exactly.
         length: tokens of an excerpt.
         rows: excerpts a step.
+        measured: excerpts on which the layers' shares are measured.
         steps: steps of the optimiser; 0 leaves the choice of tokens to their similarity.
         learning_rate: at the start; it falls to zero along a cosine.
         checkpoint_every: steps between two checkpoints.
@@ -57,6 +58,7 @@ class GateTraining:
     recent: int = 256
     length: int = 1024
     rows: int = 1
+    measured: int = 4
     steps: int = 100
     learning_rate: float = 0.01
     checkpoint_every: int = 10
@@ -66,7 +68,7 @@ class GateTraining:
         if check_admission(self.admission) == 1.0:
             raise ADMSValueError("admission 1 leaves nothing to learn; give less")
         check_block(self.block_tokens)
-        for name in ("sink", "recent", "length", "rows", "steps", "checkpoint_every"):
+        for name in ("sink", "recent", "length", "rows", "measured", "steps", "checkpoint_every"):
             value, low = getattr(self, name), 0 if name in ("sink", "steps") else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ADMSValueError(f"{name} must be an integer of at least {low}, got {value!r}")
@@ -101,7 +103,8 @@ def train_gates(
         training: how; the defaults if None.
         checkpoint: file to keep the state in, and to go on from if it is there.
         on_step: called with the number of finished steps and the last loss.
-        on_measure: called with the number of layers that were measured, and of those that will be.
+        on_measure: called with the number of measurements that were made, and of those that will
+            be: one for each layer and ``rows`` excerpts.
 
     Raises:
         ADMSValueError: the text is too short, or the checkpoint is of another training.
@@ -120,7 +123,8 @@ def train_gates(
     done, shares = _resume(checkpoint, settings, gates, weights, optimiser)
     with _frozen(model) as binding:
         if shares is None:
-            text = excerpts(ids, settings, torch.Generator().manual_seed(settings.seed)).to(device)
+            generator = torch.Generator().manual_seed(settings.seed)
+            text = excerpts(ids, settings, generator, settings.measured).to(device)
             shares = measure_shares(model, binding, text, settings, weights, on_measure)
             if checkpoint is not None:
                 _keep(checkpoint, settings, gates, weights, optimiser, 0, shares)
@@ -130,7 +134,7 @@ def train_gates(
                 share = step / settings.steps
                 group["lr"] = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
             generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-            text = excerpts(ids, settings, generator).to(device)
+            text = excerpts(ids, settings, generator, settings.rows).to(device)
             loss = distillation_loss(model, binding, text, weights, sizes, generator)
             optimiser.zero_grad()
             loss.backward()
@@ -158,33 +162,51 @@ def measure_shares(
     Args:
         model: frozen and enabled.
         binding: any of a cache of it.
-        ids: ``[B, N]``.
+        ids: ``[B, N]`` excerpts, of which ``rows`` are read at a time.
         training: the mean share, and what is folded.
         weights: per layer ``[F]``.
         on_measure: see ``train_gates``.
     """
     own = [index for index in range(len(weights)) if binding.is_adms_layer(index)]
-    losses: list[list[float]] = []
-    for done, layer in enumerate(own):
-        sizes = [training.sizes(1.0)] * len(weights)
-        losses.append([])
-        for share in SHARES:
-            sizes[layer] = training.sizes(share)
-            with torch.no_grad():
-                loss = distillation_loss(model, binding, ids, weights, sizes)
-            losses[-1].append(loss.item())
-        if on_measure is not None:
-            on_measure(done + 1, len(own))
+    losses = torch.zeros(len(own), len(SHARES), dtype=torch.float64)
+    batches = ids.split(training.rows)
+    for at, text in enumerate(batches):
+        target = whole_logits(model, text, training.sizes(1.0))
+        for done, layer in enumerate(own):
+            sizes = [training.sizes(1.0)] * len(weights)
+            for step, share in enumerate(SHARES):
+                sizes[layer] = training.sizes(share)
+                with torch.no_grad():
+                    loss = distillation_loss(model, binding, text, weights, sizes, target=target)
+                losses[done, step] += loss.item() * len(text) / len(ids)
+            if on_measure is not None:
+                on_measure(at * len(own) + done + 1, len(batches) * len(own))
     found = [1.0] * len(weights)
-    for layer, share in zip(own, water_fill(losses, SHARES, training.admission), strict=True):
+    filled = water_fill(losses.tolist(), SHARES, training.admission)
+    for layer, share in zip(own, filled, strict=True):
         found[layer] = share
     return tuple(found)
 
 
-def excerpts(ids: torch.Tensor, training: GateTraining, generator: torch.Generator) -> torch.Tensor:
-    """The text of a step, ``[B, N]``."""
-    starts = torch.randint(len(ids) - training.length, (training.rows,), generator=generator)
+def excerpts(
+    ids: torch.Tensor, training: GateTraining, generator: torch.Generator, count: int
+) -> torch.Tensor:
+    """So many parts of a text, ``[B, N]``."""
+    starts = torch.randint(len(ids) - training.length, (count,), generator=generator)
     return torch.stack([ids[start : start + training.length] for start in starts.tolist()])
+
+
+@torch.no_grad()
+def whole_logits(model: nn.Module, ids: torch.Tensor, sizes: FoldingSizes) -> torch.Tensor:
+    """Log-probabilities ``[B, N - first, V]`` without folding, where folded tokens would be seen.
+
+    Args:
+        model: frozen and enabled.
+        ids: ``[B, N]``.
+        sizes: what is folded in any layer.
+    """
+    whole: Any = model(input_ids=ids, use_cache=False)
+    return whole.logits[:, sizes.first_reader :].float().log_softmax(-1)
 
 
 def distillation_loss(
@@ -194,6 +216,7 @@ def distillation_loss(
     weights: list[torch.Tensor],
     sizes: Sequence[FoldingSizes],
     generator: torch.Generator | None = None,
+    target: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean divergence, in nats, of the logits with folded tokens from those without.
 
@@ -206,13 +229,12 @@ def distillation_loss(
         weights: per layer ``[F]``.
         sizes: per layer, what is folded.
         generator: of training; None for the loss of the gates as they are.
+        target: from ``whole_logits``; None works it out.
     """
-    first = sizes[0].sink + sizes[0].block + sizes[0].recent - 1
-    with torch.no_grad():
-        whole: Any = model(input_ids=ids, use_cache=False)
-        target = whole.logits[:, first:].float().log_softmax(-1)
-    folded = folded_logits(model, binding, ids, weights, sizes, generator)[:, first:]
-    student = folded.float().log_softmax(-1)
+    if target is None:
+        target = whole_logits(model, ids, sizes[0])
+    folded = folded_logits(model, binding, ids, weights, sizes, generator)
+    student = folded[:, sizes[0].first_reader :].float().log_softmax(-1)
     divergence = kl_div(student, target, reduction="sum", log_target=True)
     return divergence / target[..., 0].numel()
 

@@ -46,6 +46,11 @@ class FoldingSizes:
     block: int
     admitted: int
 
+    @property
+    def first_reader(self) -> int:
+        """The first token of a text that sees folded ones."""
+        return self.sink + self.block + self.recent - 1
+
     def num_blocks(self, tokens: int) -> int:
         """Whole blocks (``R``) after the sinks of a text."""
         return max(0, tokens - self.sink) // self.block

@@ -22,7 +22,7 @@ from adms.config import ADMSConfig
 from adms.entries import Entries, TokenShape
 from adms.importance import Metric, needs_queries
 from adms.kernels.states import fused_states
-from adms.positions import MiddleGeometry
+from adms.places import MiddleGeometry
 from adms.ranks import ALONE, Ranks
 from adms.tiers.head_landmarks import HeadLandmarkStore
 from adms.tiers.landmarks import LandmarkStore, aligned

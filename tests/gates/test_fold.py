@@ -135,6 +135,36 @@ def test_every_compressor_behind_a_gate(name: str) -> None:
         torch.testing.assert_close(cut.log_weight, read.log_weight)
 
 
+@pytest.mark.parametrize("name", ["quantized", "low_rank"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_layers_are_coded_together_as_each_alone(name: str, learned: bool) -> None:
+    config = ADMSConfig(compressor_type=name, compressed_budget=256)
+    gated = GatedCompressor(COMPRESSORS.get(name), AdaptiveUpdateConfig())
+    nbytes, rows = 256 * RAW_BYTES, 2
+    coders, headers, parts = [], [], []
+    for layer in range(3):
+        gate = torch.randn(FEATURES, generator=torch.Generator().manual_seed(layer))
+        context = LayerContext(SHAPE, torch.float32, layer, gate=gate if learned else None)
+        coders.append(gated.bind(context, nbytes, config))
+        for row in range(rows):
+            parts.append(tokens(10 * layer + row, 2 * coders[0].block_tokens))
+            headers.append(coders[layer].fit(parts[-1]))
+    header = torch.cat(headers)
+    entries = Entries(*(torch.cat(states) for states in zip(*map(both, parts), strict=True)))
+    together = coders[0].stacked(coders)
+    records = together.encode(header, entries)
+    read = together.decode(header, records)
+    for index, (own, part) in enumerate(zip(headers, parts, strict=True)):
+        coder = coders[index // rows]
+        alone = coder.encode(own, part)
+        assert torch.equal(records[index : index + 1], alone)
+        torch.testing.assert_close(read.keys[index : index + 1], coder.decode(own, alone).keys)
+
+
+def both(entries: Entries) -> tuple[torch.Tensor, torch.Tensor]:
+    return entries.keys, entries.values
+
+
 def test_rows_and_blocks_do_not_depend_on_each_other() -> None:
     config = ADMSConfig()
     gated = GatedCompressor(COMPRESSORS.get("quantized"), AdaptiveUpdateConfig(block_tokens=16))

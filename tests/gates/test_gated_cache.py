@@ -78,6 +78,28 @@ def test_a_padded_row_is_the_row_alone_and_chunks_change_nothing(policy: str) ->
     assert "gates" in alone.layers[0].cache.binding.compressor.name
 
 
+def test_a_budget_that_waiting_tokens_would_use_up_stays_exact() -> None:
+    model = tiny_llama(trained=256)
+    sizes = {"start_size": 4, "recent_size": 32, "compressed_budget": 64, "prefill_chunk_size": 16}
+    update = AdaptiveUpdateConfig(block_tokens=63)
+    cache = enable_adms_llm(model, **sizes, adaptive_update=update)
+    assert feed(model, random_ids(1, 300), cache).isfinite().all()
+    assert cache.summary()["middle"]["form"] == "exact"
+    assert cache.nbytes <= cache.max_nbytes
+
+
+@pytest.mark.parametrize("budget", [116, 120, 160])
+def test_rows_turn_to_codes_one_after_another(budget: int) -> None:
+    """A row that still holds exact tokens has no records, whatever its bytes look like."""
+    model = tiny_llama(trained=4096)
+    sizes = {**SIZES, "compressed_budget": budget}
+    together, alone = (
+        enable_adms_llm(model, **sizes, adaptive_update=AdaptiveUpdateConfig(block_tokens=16))
+        for _ in range(2)
+    )
+    check_padded_row(model, together, alone, total=320)
+
+
 @pytest.mark.parametrize("name", architectures.NAMES)
 def test_every_architecture(name: str) -> None:
     model = architectures.tiny(name)
@@ -96,6 +118,45 @@ def test_every_architecture(name: str) -> None:
         logits = model(ids, past_key_values=cache).logits
     assert logits.isfinite().all()
     assert cache.nbytes <= cache.max_nbytes
+
+
+def layers_of(model: torch.nn.Module, shares: tuple[float, ...]) -> AdaptiveUpdateConfig:
+    gates = dataclasses.replace(UpdateGates.untrained(model), admissions=shares)
+    return AdaptiveUpdateConfig(policy="learned", gates=gates)
+
+
+@pytest.mark.parametrize("parameters", [{}, {"use_adaptive_budget": True}])
+def test_layers_have_bytes_in_proportion_to_what_they_admit(parameters: dict) -> None:
+    """All reach as far back, in the bytes of layers that are alike."""
+    model = tiny_llama(trained=4096, layers=3)
+    sizes = {**SIZES, "compressed_budget": 200, "compressor_type": "quantized", **parameters}
+    alike, own = (
+        enable_adms_llm(model, **sizes, adaptive_update=layers_of(model, shares))
+        for shares in ((0.5,) * 3, (1.0, 0.5, 0.125))
+    )
+    ids = random_ids(1, 256)
+    phases = []
+    for cache in (alike, own):
+        for start in range(0, 256, 64):
+            logits = feed(model, ids[:, start : start + 64], cache)
+            assert logits.isfinite().all()
+            assert cache.nbytes <= cache.max_nbytes
+            total = cache.timeline.middle_tokens(0)
+            coded = [layer.middle.plan.geometry.is_coded(total) for layer in cache.layers]
+            assert len(set(coded)) == 1, "landmarks are settled in all layers together"
+            phases += coded
+    assert not phases[0]
+    assert phases[-1]
+    assert own.max_nbytes <= alike.max_nbytes
+    assert own.nbytes + own.shared_nbytes == reachable_bytes(own)
+    geometries = [layer.middle.plan.geometry for layer in own.layers]
+    assert len({geometry.landmarks for geometry in geometries}) == 1
+    # The last has the least bytes that a layer gets, and reaches farther for them.
+    reach = [geometry.capacity for geometry in geometries]
+    assert max(reach[:2]) < 1.2 * min(reach[:2])
+    assert max(reach[:2]) < reach[2]
+    arenas = [layer.middle.plan.arena_bytes for layer in own.layers]
+    assert arenas[0] > arenas[1] > arenas[2] > arenas[0] // 4
 
 
 @pytest.mark.parametrize("policy", ["similarity", "learned"])

@@ -21,7 +21,7 @@ from tests.compressors.material import tokens
 from tests.patches import tiny as architectures
 
 SMALL = GateTraining(
-    sink=2, recent=16, length=64, block_tokens=8, rows=2, steps=4, checkpoint_every=2
+    sink=2, recent=16, length=64, block_tokens=8, rows=2, measured=2, steps=4, checkpoint_every=2
 )
 SIZES = FoldingSizes(sink=2, recent=16, block=8, admitted=5)
 
