@@ -21,7 +21,7 @@ from adms.tiers.head_landmarks import HeadLandmarkStore
 
 logger = logging.getLogger("adms")
 
-# Where static steps are worth it. A CPU captures nothing: they save it work on codes alone.
+# Where static steps are worth it whatever was forgotten. A CPU captures nothing.
 PHASES = {"cuda": ("empty", "exact", "coded"), "cpu": ("coded",)}
 # Arguments of a decoder that a step knows to handle.
 KNOWN = frozenset(
@@ -125,7 +125,9 @@ def _obstacle(
     phases = {phase_of(middle, total) for total in totals}
     if len(phases) > 1:
         return "some rows hold their middle exactly and others coded"
-    if not phases <= set(PHASES[view.device.type]):
+    # What is exact and complete is read in the general way, equal to a full cache to the last bit.
+    forgets = cache.sizes.budget == 0 and min(timeline.evicted) > 0
+    if not forgets and not phases <= set(PHASES[view.device.type]):
         return f"nothing is coded yet, and the model is on {view.device.type}"
     return None
 

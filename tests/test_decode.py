@@ -204,6 +204,23 @@ def test_streaming_llm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(results[1], results[0], atol=2e-5, rtol=2e-5)
 
 
+def test_streaming_llm_is_stepped_on_a_cpu_once_it_forgets() -> None:
+    """Before, its logits equal a full cache's to the last bit."""
+    model, ids = tiny_llama(), random_ids(1, 90)
+    cache = enable_streaming_llm(model, start_size=4, recent_size=30)
+    plain = enable_streaming_llm(model, start_size=4, recent_size=30, kernel="torch")
+    found = [feed(model, ids[:, :20], cache, step=1)]
+    assert cache.step is None
+    found.append(feed(model, ids[:, 20:70], cache, step=1))
+    assert cache.step is not None
+    # A chunk in between, which takes the place of the step's buffers.
+    found += [feed(model, ids[:, 70:75], cache), feed(model, ids[:, 75:], cache, step=1)]
+    assert cache.nbytes <= cache.max_nbytes
+    expected = [feed(model, ids[:, :70], plain, step=1), feed(model, ids[:, 70:75], plain)]
+    expected.append(feed(model, ids[:, 75:], plain, step=1))
+    assert_close(torch.cat(found, dim=1), torch.cat(expected, dim=1), atol=2e-5, rtol=2e-5)
+
+
 def test_an_explicit_kernel_never_falls_back() -> None:
     pytest.importorskip("triton")
     model, ids = tiny_llama(), random_ids(1, 3)

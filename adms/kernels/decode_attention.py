@@ -86,14 +86,16 @@ def plain_decode_attention(
             score = score + log_weight[:, :, None, None].to(dtype)
         scores.append(score)
         sums.append((channels[:, :, split:], coded_part))
-    weights = torch.cat(scores, dim=3).softmax(3)
-    total = torch.zeros_like(grouped)
+    weights = (scores[0] if len(scores) == 1 else torch.cat(scores, dim=3)).softmax(3)
+    total: torch.Tensor | None = None
     start = 0
     for score, (values, source) in zip(scores, sums, strict=True):
         own = weights[..., start : start + score.shape[3]]
         start += score.shape[3]
         summed = own @ values if source is None else _sum_codes(own, values, source, known)
-        total = total + summed
+        total = summed if total is None else total + summed
+    if total is None:
+        raise RuntimeError("attention over nothing")
     return total.flatten(1, 2).to(query.dtype)
 
 
