@@ -21,9 +21,10 @@ from adms.errors import CacheStateError
 from adms.gates.shares import in_proportion
 from adms.importance import Metric
 from adms.kernels import Kernel
-from adms.positions import MiddleGeometry
+from adms.places import MiddleGeometry
+from adms.ranks import ALONE, Ranks
 from adms.tiers.head_landmarks import HeadLandmarkStore
-from adms.tiers.landmarks import ALIGNMENT, LandmarkStore
+from adms.tiers.landmarks import ALIGNMENT, LandmarkStore, aligned
 from adms.tiers.middle import MiddlePlan
 from adms.timeline import Timeline
 
@@ -118,6 +119,7 @@ class Binding:
         integrated_attention: how spans over the recent tier are learned; None: all of it is read.
         kernel: what decodes single tokens.
         captures: whether the family's decoder can be captured in a CUDA graph.
+        ranks: the processes that hold the model's heads between them.
     """
 
     model_key: weakref.ReferenceType[Any]
@@ -137,6 +139,7 @@ class Binding:
     integrated_attention: "IntegratedAttentionConfig | None" = None
     kernel: Kernel = "auto"
     captures: bool = False
+    ranks: Ranks = ALONE
     _plans: dict[Any, MiddlePlan | None] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Binding":
@@ -259,28 +262,24 @@ class Binding:
     def _make_plan(self, compressor: Compressor, context: LayerContext, sizes: Sizes) -> MiddlePlan:
         shape, dtype, config = context.shape, context.dtype, self.config
         tokens, exact = self._tokens_for(self._parts[context.layer_idx]), self.exact_tokens
-        # Counted like everything of the middle, at two bytes an element whatever the dtype.
-        token_bytes = shape.num_elements * BUDGET_ITEMSIZE
-        store: LandmarkStore | HeadLandmarkStore | None = None
-        if config.importance_ratio > 0:
-            equal_bytes = (sizes.budget - sizes.waiting) * token_bytes
-            codes = compressor.bind(context, equal_bytes, config)
-            kind = HeadLandmarkStore if config.use_adaptive_budget else LandmarkStore
-            store = kind.within(shape, dtype, int(equal_bytes * config.importance_ratio), codes)
-            if store.count < config.min_importance_tokens:
-                least = kind(shape, dtype, config.min_importance_tokens, codes)
-                # At most half, so that a small budget still codes something.
-                store = least if least.nbytes <= exact * token_bytes // 2 else store
-            store = store if store.count else None
-        # The landmarks start aligned, which can cost up to one step.
-        left = tokens * token_bytes - (store.nbytes + ALIGNMENT if store is not None else 0)
-        coder: Coder | None = compressor.bind(context, max(0, left), config)
+        whole = replace(context, shape=self.kinds[context.layer_idx].shape)
+        ranks = self.ranks if shape == self.ranks.share_of(whole.shape) else ALONE
+        if ranks.size == 1:
+            whole = context
+        # All ranks hold as many landmarks and records as one process with all heads would.
+        store, left = self._landmark_store(compressor, whole, tokens)
+        coder: Coder | None = compressor.bind(context, left // ranks.size, config)
         if coder is not None:
             # Blocks for which nothing waits never come whole.
             in_blocks = self.block_tokens % coder.block_tokens == 0
             if not in_blocks or coder.capacity < WORTH_CODING * tokens:
                 coder, store = None, None
         raw = RawCoder(shape, dtype, tokens if coder is None else exact)
+        arena_bytes = tokens * raw.record_bytes
+        if ranks.size > 1 and coder is not None and store is not None:
+            store = type(store)(shape, dtype, store.count, coder)
+            # What does not divide, alignment and the like, comes on top.
+            arena_bytes = max(arena_bytes, aligned(coder.nbytes) + store.nbytes)
         geometry = MiddleGeometry(
             raw_tokens=raw.num_records,
             capacity=coder.capacity if coder is not None else 0,
@@ -289,10 +288,32 @@ class Binding:
             entries_per_record=coder.entries_per_record if coder is not None else 1,
             landmarks=store.count if store is not None else 0,
         )
-        arena_bytes = tokens * raw.record_bytes
         return MiddlePlan(
-            shape, dtype, raw, coder, store, geometry, arena_bytes, self.metric, config
+            shape, dtype, raw, coder, store, geometry, arena_bytes, self.metric, config, ranks
         )
+
+    def _landmark_store(
+        self, compressor: Compressor, context: LayerContext, tokens: int
+    ) -> tuple[LandmarkStore | HeadLandmarkStore | None, int]:
+        """The store of landmarks, as many in all layers, and what it leaves of the bytes."""
+        shape, dtype, config = context.shape, context.dtype, self.config
+        # Counted like everything of the middle, at two bytes an element whatever the dtype.
+        token_bytes = shape.num_elements * BUDGET_ITEMSIZE
+        coded_bytes = tokens * token_bytes
+        if config.importance_ratio == 0:
+            return None, coded_bytes
+        equal_bytes = (self.sizes.budget - self.sizes.waiting) * token_bytes
+        codes = compressor.bind(context, equal_bytes, config)
+        kind = HeadLandmarkStore if config.use_adaptive_budget else LandmarkStore
+        store = kind.within(shape, dtype, int(equal_bytes * config.importance_ratio), codes)
+        if store.count < config.min_importance_tokens:
+            least = kind(shape, dtype, config.min_importance_tokens, codes)
+            # At most half, so that a small budget still codes something.
+            store = least if least.nbytes <= self.exact_tokens * token_bytes // 2 else store
+        if not store.count:
+            return None, coded_bytes
+        # The landmarks start aligned, which can cost up to one step.
+        return store, max(0, coded_bytes - store.nbytes - ALIGNMENT)
 
     def max_layer_bytes(self, layer_idx: int, layer: Any) -> int:
         """Most bytes that one row of this layer ever takes."""

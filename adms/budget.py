@@ -38,8 +38,7 @@ def select_landmarks(
     span = (tokens.amax(1, keepdim=True) - first + 1).clamp(min=1)
     segment = ((tokens - first) * segments // span).clamp(0, segments - 1)
     # Rank within the own segment; ties go to the earlier index, so the choice is deterministic.
-    order = torch.argsort(scores, dim=1, descending=True, stable=True)
-    rank = torch.argsort(order, dim=1)
+    rank = ranks(torch.argsort(scores, dim=1, descending=True, stable=True))
     same = segment[:, :, None] == segment[:, None, :]
     ahead = rank[:, None, :] < rank[:, :, None]
     rank_in_segment = (same & ahead).sum(2)
@@ -50,3 +49,9 @@ def select_landmarks(
         favoured = present & (rank_in_segment < quota[:, None])
     key = rank - favoured.long() * tokens.shape[1] + (~present).long() * tokens.shape[1]
     return torch.argsort(key, dim=1, stable=True)[:, :count]
+
+
+def ranks(order: torch.Tensor) -> torch.Tensor:
+    """Where each index stands in an order ``[B, N]`` of indices: its inverse."""
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)

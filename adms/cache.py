@@ -10,6 +10,7 @@ Shapes: ``B`` rows, ``K`` KV heads, ``Q`` new tokens, ``D``/``E`` head sizes of 
 
 import contextlib
 import copy
+import math
 import os
 import weakref
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from adms.binding import Binding
 from adms.commit import Commit
 from adms.config import ADMSConfig, Sizes
 from adms.errors import ADMSTypeError, ADMSValueError, CacheStateError
+from adms.kernels.choice import using
 from adms.layer import ADMSLayer
 from adms.positions import ForwardView
 from adms.stack import lay_together
@@ -31,6 +33,7 @@ from adms.timeline import Timeline
 
 if TYPE_CHECKING:
     from adms.attention.span_learner import SpanLearner
+    from adms.steady import SteadyCommit
     from adms.step import DecodeStep
 
 
@@ -274,8 +277,13 @@ class ADMSKVCache(Cache):
         elif after != timeline.evicted or view.device.type == "cpu":
             # What is not finite must not be coded; else there is time until the next call.
             self._require_finite_step()
-        commit = Commit(timeline, view, after, layers, windows)
-        commit.prepare()
+        commit: Commit | SteadyCommit | None = None
+        if view.is_step and self.step is not None:
+            commit = self.step.commit_of(timeline.evicted, after)
+        if commit is None:
+            commit = Commit(timeline, view, after, layers, windows)
+        with using(self.binding_for_use.kernel):
+            commit.prepare()
         spans = self._spans_after(view, layers)
         commit.keep_overwritten()
         try:
@@ -284,7 +292,7 @@ class ADMSKVCache(Cache):
             # falls before it or after it.
             self.timeline = timeline.after(view.new, after, view.columns)
             self.spans = spans
-            if self.step is not None and (commit.moves_tokens or not view.is_step):
+            if self.step is not None and commit.outdates_step:
                 self.step.stale = True
             if view.is_step and not commit.moves_tokens and view.device.type != "cpu":
                 view.release()
@@ -363,18 +371,16 @@ class ADMSKVCache(Cache):
             )
 
     def _require_finite(self, layers: list[ADMSLayer | WindowLayer]) -> None:
-        flags = [(layer, layer.finite) for layer in layers if layer.finite is not None]
-        if len(flags) < len(layers):
-            missing = next(layer.layer_idx for layer in layers if layer.finite is None)
-            raise CacheStateError(
-                f"layer {missing} received no tokens in this pass; every attention layer must run"
-            )
-        devices = {flag.device for _, flag in flags}
-        for device in devices:
-            own = [(layer, flag) for layer, flag in flags if flag.device == device]
+        for layer in layers:
+            if layer.finite is None and layer.staged is None:
+                raise CacheStateError(
+                    f"layer {layer.layer_idx} received no tokens in this pass; every attention "
+                    "layer must run"
+                )
+        for device in {layer.device for layer in layers}:
+            own = [layer for layer in layers if layer.device == device]
             # One question to the device per pass, not one per layer.
-            answers = torch.stack([flag for _, flag in own]).tolist()
-            for (layer, _), finite in zip(own, answers, strict=True):
+            for layer, finite in zip(own, _are_finite(own).tolist(), strict=True):
                 if not finite:
                     raise ADMSValueError(
                         f"keys or values of layer {layer.layer_idx} hold NaN or infinity; the "
@@ -485,7 +491,10 @@ class ADMSKVCache(Cache):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hands a layer its new tokens; see ``ADMSLayer.update``."""
-        self.require_view()
+        if self.require_view().is_step:
+            # Attention stores them on its way. Which layer it is must not be asked here, see
+            # ``compiled_layers``.
+            return key_states, value_states
         return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -649,3 +658,20 @@ class ADMSKVCache(Cache):
                 twin.__dict__[name] = value if shared else copy.deepcopy(value, memo)
             twin._owner = {}
         return twin
+
+
+def _are_finite(layers: list[ADMSLayer | WindowLayer]) -> torch.Tensor:
+    """Whether each layer's new tokens are finite, ``[L]`` on their device."""
+    staged = [layer for layer in layers if layer.finite is None]
+    if not staged:
+        return torch.stack([layer.finite for layer in layers if layer.finite is not None])
+    # Two operations for all layers: the largest is NaN or infinite where any number is.
+    tensors = [
+        part
+        for layer in staged
+        if layer.staged is not None
+        for part in (layer.staged.keys, layer.staged.values)
+    ]
+    largest = torch.stack(torch._foreach_norm(tensors, math.inf))
+    found = iter(largest.isfinite().view(-1, 2).all(1))
+    return torch.stack([next(found) if one.finite is None else one.finite for one in layers])

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from adms.entries import TokenShape
 from adms.errors import ADMSValueError
+from adms.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from adms.moments import Moments
@@ -37,6 +38,8 @@ class LayerCalibration:
 
     Args:
         block_heads: KV heads that share a basis.
+        tensors: see below.
+        ranks: the processes that hold the layer's heads between them.
 
     Attributes:
         tensors: ``key_basis``/``value_basis`` ``[S, J, J]`` (int8, rows are directions, strongest
@@ -44,12 +47,18 @@ class LayerCalibration:
             multiplied with), ``key_weight`` ``[S, J]`` (float16); None before the fit.
     """
 
-    def __init__(self, block_heads: int, tensors: dict[str, torch.Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        block_heads: int,
+        tensors: dict[str, torch.Tensor] | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.block_heads = block_heads
         self.tensors = tensors
+        self.ranks = ranks
 
     def num_blocks(self, shape: TokenShape) -> int:
-        """Blocks of a layer of this shape (fewer heads than planned under tensor parallelism)."""
+        """Blocks of a layer of this shape, a rank's share of the heads or all of them."""
         return shape.num_heads // math.gcd(shape.num_heads, self.block_heads)
 
     def block_channels(self, shape: TokenShape) -> int:
@@ -57,8 +66,12 @@ class LayerCalibration:
         heads = shape.num_heads // self.num_blocks(shape)
         return heads * max(shape.key_dim, shape.value_dim)
 
-    def on(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """The tensors, moved for good to where they are used.
+    def on(self, device: torch.device, blocks: int) -> dict[str, torch.Tensor]:
+        """The tensors of this process's blocks of heads, moved for good to where they are used.
+
+        Args:
+            device: where.
+            blocks: how many they are; fewer than there are on a rank that has a share of the heads.
 
         Raises:
             RuntimeError: nothing is fitted yet.
@@ -67,7 +80,10 @@ class LayerCalibration:
             raise RuntimeError("a calibration was used before it was fitted")
         if self.tensors["key_basis"].device != device:
             self.tensors = {name: part.to(device) for name, part in self.tensors.items()}
-        return self.tensors
+        if len(self.tensors["key_basis"]) == blocks:
+            return self.tensors
+        own = slice(self.ranks.rank * blocks, (self.ranks.rank + 1) * blocks)
+        return {name: part[own] for name, part in self.tensors.items()}
 
     def nbytes(self, shape: TokenShape) -> int:
         """Bytes of the tensors, fitted or not."""
@@ -79,33 +95,41 @@ class LayerCalibration:
 
 @dataclass(eq=False)
 class Calibration:
-    """The bases of all layers of one model.
+    """The bases of all layers of one model, of all heads on every rank.
 
     Attributes:
         layers: by layer index.
-        shapes: a token of each of them.
+        shapes: a token of each of them, of all heads.
         source: where they come from, in a few words.
+        ranks: the processes that hold the model's heads between them.
     """
 
     layers: dict[int, LayerCalibration]
     shapes: dict[int, TokenShape]
     source: str = ""
+    ranks: Ranks = ALONE
 
     @classmethod
-    def planned(cls, shapes: dict[int, TokenShape], model_bytes: int) -> "Calibration":
+    def planned(
+        cls, shapes: dict[int, TokenShape], model_bytes: int, ranks: Ranks = ALONE
+    ) -> "Calibration":
         """Places for bases that together stay within their share of the model's bytes.
 
         Args:
-            shapes: per layer index, keys and values of one token.
+            shapes: per layer index, keys and values of one token, of all heads.
             model_bytes: of all weights.
+            ranks: the processes that the heads are shared out over. No block lies on two of them;
+                else blocks do not depend on them.
         """
         most = max((shape.num_heads for shape in shapes.values()), default=1)
         for heads in sorted((n for n in range(1, most + 1) if most % n == 0), reverse=True):
             layers = {
-                index: LayerCalibration(math.gcd(shape.num_heads, heads))
+                index: LayerCalibration(
+                    math.gcd(ranks.share_of(shape).num_heads, heads), ranks=ranks
+                )
                 for index, shape in shapes.items()
             }
-            plan = cls(layers, dict(shapes))
+            plan = cls(layers, dict(shapes), ranks=ranks)
             wanted = sum(layer.nbytes(shapes[index]) for index, layer in layers.items())
             widest = max(
                 (heads * max(shape.key_dim, shape.value_dim) for shape in shapes.values()),
@@ -132,8 +156,9 @@ class Calibration:
             for index in self.layers
         }
         for index, tensors in fitted.items():
+            if moments[index].shape != self.shapes[index]:
+                tensors = {name: self.ranks.joined(part) for name, part in tensors.items()}
             self.layers[index].tensors = tensors
-            self.shapes[index] = moments[index].shape
         self.source = source
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -195,7 +220,7 @@ class Calibration:
         self.source = source
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file.
+        """Writes a safetensors file; of several ranks the first one does.
 
         Raises:
             ADMSValueError: nothing is fitted yet.
@@ -204,6 +229,8 @@ class Calibration:
             raise ADMSValueError("this calibration is not fitted yet; call adms.calibrate first")
         target = Path(path)
         beside = target.with_name(f"{target.name}.part")
+        if self.ranks.rank > 0:
+            return
         state = {name: part.cpu().contiguous() for name, part in self.state().items()}
         save_file(state, beside, metadata={"format": FORMAT, "source": self.source})
         os.replace(beside, target)

@@ -29,14 +29,38 @@ TOKENS_TOGETHER = 1024
 
 
 @dataclass
-class _Work:
+class Work:
     """What a commit does to some layers that are alike."""
 
     stack: LayerStack
-    moves: Moves
     leaving: Entries | None = None
     writes: list[Write] = field(default_factory=list)
     candidates: list[Candidates] = field(default_factory=list)
+
+
+def stacks_of(layers: Sequence[ADMSLayer], tokens: int) -> list[LayerStack]:
+    """Layers that are worked on together, if each has ``tokens`` tokens of all rows."""
+    together = max(1, TOKENS_TOGETHER // tokens)
+    return [
+        alike.part(first, first + together)
+        for alike in lay_together(layers)
+        for first in range(0, len(alike.layers), together)
+    ]
+
+
+def settle_landmarks(works: Sequence[Work]) -> None:
+    """Chooses the landmarks of all layers together and adds the bytes that hold them."""
+    asked = [
+        (work, work.stack.middle)
+        for work in works
+        if work.stack.middle is not None and work.candidates
+    ]
+    if not asked:
+        return
+    counts = [middle.plan.geometry.landmarks for _, middle in asked]
+    settle([work.candidates for work, _ in asked], counts, asked[0][1].plan.config)
+    for work, middle in asked:
+        work.writes += middle.landmark_writes(work.candidates)
 
 
 class Commit:
@@ -63,37 +87,39 @@ class Commit:
         self.evicted_after = evicted_after
         self.layers = layers
         self.windows = windows
-        self.works: list[_Work] = []
+        self.works: list[Work] = []
+        self.plans: dict[torch.device, Moves] = {}
         self.undo = Undo()
         self.columns = [view.columns_of(row) for row in range(timeline.batch_size)]
         #: whether tokens change their place: a single one that only joins the ring is there already
         self.moves_tokens = not view.in_ring or evicted_after != timeline.evicted
+        #: whether what a static step holds must be worked out anew
+        self.outdates_step = self.moves_tokens or not view.is_step
 
     def prepare(self) -> None:
         """Works out everything without changing anything."""
         if not self.moves_tokens:
             return
-        plans: dict[torch.device, Moves] = {}
-        for alike in lay_together(self.layers):
-            device = alike.exact.keys.device
-            if device not in plans:
-                plans[device] = plan_moves(
-                    self.timeline,
-                    self.view.new,
-                    self.columns,
-                    self.view.in_ring,
-                    self.evicted_after,
-                    device,
-                )
-            moves = plans[device]
-            tokens = self.timeline.batch_size * max(self.view.columns, moves.num_leaving)
-            together = max(1, TOKENS_TOGETHER // tokens)
-            for first in range(0, len(alike.layers), together):
-                self.works.append(self._work(alike.part(first, first + together), moves))
-        self._settle_landmarks()
+        leaving = map(int.__sub__, self.evicted_after, self.timeline.evicted)
+        tokens = self.timeline.batch_size * max(self.view.columns, *leaving)
+        self.works = [self._work(stack) for stack in stacks_of(self.layers, tokens)]
+        settle_landmarks(self.works)
 
-    def _work(self, stack: LayerStack, moves: Moves) -> _Work:
-        work = _Work(stack, moves)
+    def _moves(self, stack: LayerStack) -> Moves:
+        device = stack.exact.keys.device
+        if device not in self.plans:
+            self.plans[device] = plan_moves(
+                self.timeline,
+                self.view.new,
+                self.columns,
+                self.view.in_ring,
+                self.evicted_after,
+                device,
+            )
+        return self.plans[device]
+
+    def _work(self, stack: LayerStack) -> Work:
+        work, moves = Work(stack), self._moves(stack)
         if not moves.num_leaving:
             return work
         work.leaving = leaving_entries(stack.exact, stack.staged, moves)
@@ -108,20 +134,6 @@ class Commit:
                 stack.queries,
             )
         return work
-
-    def _settle_landmarks(self) -> None:
-        """Chooses the landmarks of all layers together and adds the bytes that hold them."""
-        asked = [
-            (work, work.stack.middle)
-            for work in self.works
-            if work.stack.middle is not None and work.candidates
-        ]
-        if not asked:
-            return
-        counts = [middle.plan.geometry.landmarks for _, middle in asked]
-        settle([work.candidates for work, _ in asked], counts, asked[0][1].plan.config)
-        for work, middle in asked:
-            work.writes += middle.landmark_writes(work.candidates)
 
     def _staying(self, layer: ADMSLayer, row: int) -> Entries:
         """One row's exact tokens after those that leave, in order ``[1, K, N, ...]``.
@@ -148,7 +160,8 @@ class Commit:
         """Keeps what ``apply`` will overwrite."""
         for work in self.works:
             stack = work.stack
-            keep_overwritten(stack.exact, work.leaving, stack.staged, work.moves, self.undo)
+            moves = self._moves(stack)
+            keep_overwritten(stack.exact, work.leaving, stack.staged, moves, self.undo)
             if stack.middle is not None:
                 stack.middle.keep_overwritten(work.writes, self.undo)
         for window in self.windows:
@@ -158,7 +171,7 @@ class Commit:
         """Puts everything in place."""
         for work in self.works:
             stack = work.stack
-            write_moves(stack.exact, work.leaving, stack.staged, work.moves)
+            write_moves(stack.exact, work.leaving, stack.staged, self._moves(stack))
             if stack.middle is not None:
                 stack.middle.apply(work.writes)
         for window in self.windows:

@@ -44,13 +44,13 @@ def advance(
     view, kernel = cache.require_view(), cache.binding_for_use.kernel
     if view.columns != 1 or kernel == "torch" or not cache.is_initialized:
         return forward(**arguments)
-    reason = _obstacle(cache, view, decoder, arguments)
+    step = cache.step if cache.step is not None and cache.step.fits(cache) else None
+    reason = _obstacle(cache, step, view, decoder, arguments)
     if kernel == "triton" and view.device.type != "cuda":
         reason = f"it is for CUDA, and the model is on {view.device.type}"
     if reason is None:
-        if cache.step is None or not cache.step.fits(cache):
-            cache.step = DecodeStep(cache, decoder)
-        step = cache.step
+        if step is None:
+            step = cache.step = DecodeStep(cache, decoder)
         try:
             return step.run(forward, arguments, view)
         except torch.OutOfMemoryError:
@@ -72,7 +72,11 @@ def advance(
 
 
 def _obstacle(
-    cache: ADMSKVCache, view: ForwardView, decoder: nn.Module, arguments: dict[str, Any]
+    cache: ADMSKVCache,
+    step: DecodeStep | None,
+    view: ForwardView,
+    decoder: nn.Module,
+    arguments: dict[str, Any],
 ) -> str | None:
     """Why this pass cannot be a static step; None where it can."""
     binding, timeline = cache.binding_for_use, view.timeline
@@ -94,7 +98,7 @@ def _obstacle(
     extra = set(given) - KNOWN
     if extra:
         return f"the call asks for {', '.join(sorted(extra))}"
-    if cache.step is None or not cache.step.fits(cache):
+    if step is None:
         layers = [layer for layer in cache.layers if isinstance(layer, ADMSLayer)]
         if len(layers) < len(cache.layers):
             return "some layers have windows of their own"

@@ -26,6 +26,7 @@ from adms.attention.window import attend_layer
 from adms.binding import Binding
 from adms.cache import ADMSKVCache
 from adms.calibration import Calibration
+from adms.compiled_layers import step_attention
 from adms.compressors import resolve_compressor
 from adms.compressors.base import LayerContext
 from adms.config import ADMSConfig, Sizes, check_layer_config, config_from, resolve_sizes
@@ -39,7 +40,7 @@ from adms.kernels import Kernel, check_kernel
 from adms.moments import fit_to_own_texts, plan_calibration, resolve_calibration
 from adms.patches import Family, find_family
 from adms.patches.base import bind_method, modeling_function
-from adms.step import step_attention
+from adms.ranks import Ranks
 from adms.streaming import named_arguments, stream
 
 Undo = Callable[[], None]
@@ -122,6 +123,7 @@ class Installation:
             self.family.default_sinks(decoder.config),
         )
 
+        ranks = Ranks.of(compat.tensor_parallel_group(model))
         uses = compressor is not None and compressor.uses_calibration
         if calibration is not None and not uses:
             raise ADMSValueError(
@@ -153,7 +155,8 @@ class Installation:
                 context=context,
                 kernel=kernel,
                 # Ranks wait for one another in a pass, and each would capture at a time of its own.
-                captures=self.family.captures and not getattr(model, "tp_size", None),
+                captures=self.family.captures and ranks.size == 1,
+                ranks=ranks,
                 calibration=calibration,
                 fit=self._fit,
                 gates=gates,
@@ -365,10 +368,12 @@ def adms_attention(
         return function(module, query, key, value, attention_mask, **kwargs)
     given = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if given is None else given
+    step = adms_cache.step if adms_cache.require_view().is_step else None
+    if step is not None and torch.compiler.is_compiling():
+        return step_attention(query, key, value, scaling), None
     layer_idx: Any = module.layer_idx
-    if adms_cache.require_view().is_step:
-        ring = adms_cache.layers[layer_idx].exact.keys
-        return step_attention(query, key, value, ring, scaling), None
+    if step is not None:
+        return step.attend(layer_idx, query, key, value, scaling), None
     output = attend_layer(
         adms_cache,
         layer_idx,

@@ -57,3 +57,12 @@ class Entries:
     def token_shape(self) -> TokenShape:
         """The shape of one of these entries."""
         return TokenShape(self.keys.shape[1], self.keys.shape[3], self.values.shape[3])
+
+
+def all_finite(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Whether keys and values ``[B, K, N, ...]`` hold no NaN and no infinity, as a tensor ``[]``.
+
+    For a few tokens, where operations cost more than what they do: only what is finite is nothing
+    times zero, which takes a third of the operations of asking each number.
+    """
+    return ~torch.cat([keys, values], dim=-1).mul_(0).sum().isnan()

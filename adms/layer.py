@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from adms.entries import Entries, TokenShape
+from adms.entries import Entries, TokenShape, all_finite
 from adms.errors import ADMSValueError
 from adms.positions import ForwardView
 from adms.tiers.exact import ExactTier
@@ -68,24 +68,20 @@ class ADMSLayer(CacheLayerMixin):
             ADMSValueError: heads, head sizes or dtype are not those the layer was filled with.
         """
         view = self.cache.require_view()
-        if view.is_step and self.exact is not None:
-            # Attention stores them on its way.
-            self._require_alike(self.exact, key_states, value_states)
-            return key_states, value_states
         if self.exact is None:
             self.lazy_initialization(key_states, value_states)
         if self.exact is None:
             raise RuntimeError("lazy_initialization left the layer without tiers")
-        self._require_alike(self.exact, key_states, value_states)
-        self.finite = torch.isfinite(key_states).all() & torch.isfinite(value_states).all()
+        self.require_alike(self.exact, key_states, value_states)
         if view.in_ring:
+            self.finite = all_finite(key_states, value_states)
             rows, slots = self.cache.in_flight_on(key_states.device)
             self.exact.write_in_flight(key_states, value_states, rows, slots)
         else:
             self.staged = Entries(own_storage(key_states), own_storage(value_states))
         return key_states, value_states
 
-    def _require_alike(
+    def require_alike(
         self, exact: ExactTier, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> None:
         """Refuses tokens of another shape or dtype; follows the model to another device."""

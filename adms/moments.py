@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from adms import compat
 from adms.binding import rotate_to
 from adms.cache import ADMSKVCache
 from adms.calibration import Calibration, read_calibration
@@ -27,6 +28,7 @@ from adms.config import ADMSConfig
 from adms.entries import TokenShape
 from adms.errors import ADMSTypeError
 from adms.layer import ADMSLayer
+from adms.ranks import Ranks
 
 if TYPE_CHECKING:
     from adms.patches import Family
@@ -89,7 +91,8 @@ class Moments:
         if power is None:
             power = self.sums["key_sum"].new_ones(self.shape.num_heads, self.shape.key_dim)
         power = power.reshape(blocks, -1) / max(1, self.num_queries)
-        weight = (power + QUERY_FLOOR * power.mean()).clamp(WEIGHT_RANGE[0], WEIGHT_RANGE[1])
+        power = power + QUERY_FLOOR * power.mean(1, keepdim=True)
+        weight = power.clamp(WEIGHT_RANGE[0], WEIGHT_RANGE[1])
         weight = weight.sqrt().half()
         key_basis, key_scale = self._basis("key", weight.float())
         value_basis, value_scale = self._basis("value", None)
@@ -204,8 +207,8 @@ def plan_calibration(model: nn.Module, family: "Family") -> Calibration:
         for index, kind in enumerate(family.kinds(family.decoder(model)))
         if kind.plain is None
     }
-    weights = sum(part.numel() * part.itemsize for part in model.parameters())
-    return Calibration.planned(shapes, weights)
+    ranks = Ranks.of(compat.tensor_parallel_group(model))
+    return Calibration.planned(shapes, compat.weight_bytes(model), ranks)
 
 
 def resolve_calibration(
@@ -228,7 +231,7 @@ def resolve_calibration(
     if isinstance(given, Calibration):
         # Checks its form; the object itself is kept, so that caches share its tensors.
         plan.load_state(given.state(), given.source)
-        return given
+        return given if given.ranks == plan.ranks else plan
     plan.load_state(*read_calibration(given))
     return plan
 

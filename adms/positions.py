@@ -1,86 +1,21 @@
-"""Positions inside the cache: what each retained entry's place is when attention rotates it.
-
-Retained entries sit in the order of the text at 0, 1, 2, ... The middle may hold more entries than
-the trained length leaves room for; its positions are then compressed into that room and become
-fractional. No position ever reaches the trained length.
+"""What one forward pass attends to: positions and validity (``places``), from the counts before it.
 
 Shapes: ``B`` rows (1 where all rows agree), ``N`` entries of a tier, ``Q`` new tokens.
 """
 
 import functools
 import math
-from dataclasses import dataclass
 
 import torch
 
 from adms.config import Sizes
+from adms.places import MiddleGeometry, MiddleView, Places
 from adms.timeline import Timeline, ring_tokens
 
 # An ALiBi model's sinks keep their share of attention among this many entries, and weigh more among
 # more; faster than in proportion, since the distance to them grows too (docs/alibi-streams.md).
 SINK_ENTRIES = 64
 SINK_GROWTH = 1.25
-
-
-@dataclass(frozen=True)
-class MiddleGeometry:
-    """What the middle of one kind of layer can hold; layers of equal geometry share positions.
-
-    Attributes:
-        raw_tokens: tokens held exactly before coding starts.
-        capacity: tokens held once coded (0: the middle stays exact and forgets the oldest).
-        whole_records: records of full size among them; the others are older and cut.
-        block_tokens: tokens per record.
-        entries_per_record: entries a record decodes to.
-        landmarks: exactly kept tokens beside the codes.
-    """
-
-    raw_tokens: int
-    capacity: int
-    whole_records: int = 0
-    block_tokens: int = 1
-    entries_per_record: int = 1
-    landmarks: int = 0
-
-    def is_coded(self, tokens: int) -> bool:
-        """Whether a row that has sent ``tokens`` tokens to the middle is coded by now."""
-        return self.capacity > 0 and tokens > self.raw_tokens
-
-    def held(self, tokens: int) -> int:
-        """Tokens of such a row that raw slots or codes still hold."""
-        return min(tokens, self.capacity if self.is_coded(tokens) else self.raw_tokens)
-
-    def num_entries(self, tokens: int) -> int:
-        """Entries that such a row's raw slots or codes decode to."""
-        held = self.held(tokens)
-        if not self.is_coded(tokens):
-            return held
-        return held // self.block_tokens * self.entries_per_record
-
-
-@dataclass(frozen=True)
-class MiddleView:
-    """The middle's entries as one forward pass sees them, in memory order.
-
-    Attributes:
-        num_entries: entries to read.
-        positions: ``[B, N]`` float cache positions.
-        tokens: ``[B, N]`` text positions (of an entry for several tokens, their mean).
-        valid: ``[B, N]`` booleans, or None where all are.
-        landmark_first: ``[B]`` text position before which only landmarks remember anything.
-        landmark_span: ``[B]`` width of the positions set aside for those.
-        scale: ``[B]`` positions per token, 1 unless the room is too small.
-        order: ``[B, N]`` the entries' numbers from the oldest.
-    """
-
-    num_entries: int
-    positions: torch.Tensor
-    tokens: torch.Tensor
-    valid: torch.Tensor | None
-    landmark_first: torch.Tensor
-    landmark_span: torch.Tensor
-    scale: torch.Tensor
-    order: torch.Tensor
 
 
 class ForwardView:
@@ -121,7 +56,8 @@ class ForwardView:
         rows = 1 if self.is_uniform else timeline.batch_size
         self._counts = [timeline.seen[:rows], timeline.evicted[:rows], new[:rows]]
         self._middles: dict[MiddleGeometry, MiddleView] = {}
-        self._spans: dict[MiddleGeometry, torch.Tensor] = {}
+        self._exact: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._places: dict[MiddleGeometry | None, Places] = {}
         #: whether the pass is one of a ``DecodeStep``, which has buffers of its own
         self.is_step = False
         #: ``[B]`` text position before which a family has the middle forgotten, or None
@@ -159,7 +95,8 @@ class ForwardView:
     def release(self) -> None:
         """Lets go of every tensor; the counts stay."""
         self._middles.clear()
-        self._spans.clear()
+        self._exact = None
+        self._places.clear()
         self.shared.clear()
         self.__dict__.pop("counts", None)
 
@@ -183,6 +120,11 @@ class ForwardView:
 
     def exact_tokens(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Text positions ``[B, N]`` of the exact slots in ``exact_slice`` and their validity."""
+        if self._exact is None:
+            self._exact = self._make_exact_tokens()
+        return self._exact
+
+    def _make_exact_tokens(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         start, stop = self.exact_slice
         sink = self.sizes.sink
         written = self.seen + (self.fresh if self.in_ring else 0)
@@ -230,14 +172,7 @@ class ForwardView:
         self, tokens: torch.Tensor, geometry: MiddleGeometry | None
     ) -> torch.Tensor:
         """Cache positions of exact slots with these text positions."""
-        if self.text_positions:
-            return tokens.clamp(min=0).float()
-        recent = tokens - self.evicted[:, None] + self._recent_start(geometry)[:, None]
-        in_ring = tokens >= self.evicted[:, None]
-        # Slots whose token has left are masked, but a rotary embedding that looks at the farthest
-        # position would see theirs.
-        sinks = tokens.clamp(max=self.sizes.sink).float()
-        return torch.where(in_ring, recent, sinks).clamp(min=0)
+        return self.places(geometry).exact(tokens)
 
     def column_offsets(self) -> torch.Tensor:
         """How many real tokens of the pass come before each new one: ``[B, Q]``."""
@@ -250,12 +185,8 @@ class ForwardView:
         offset = self.column_offsets()
         if self.text_positions:
             return (self.seen[:, None] + offset).float()
-        held = self.seen - self.evicted
-        return (self._recent_start(geometry) + held)[:, None] + offset
-
-    def _recent_start(self, geometry: MiddleGeometry | None) -> torch.Tensor:
-        sinks = self.evicted.clamp(max=self.sizes.sink).float()
-        return sinks + (self._span(geometry) if geometry is not None else 0.0)
+        held = (self.seen - self.evicted)[:, None]
+        return self.places(geometry).recent_start + held + offset
 
     def sink_weight(self, geometry: MiddleGeometry | None) -> list[float] | None:
         """Log-weight of a sink in each row; None where all are 0.
@@ -280,106 +211,30 @@ class ForwardView:
 
     # --- the middle ------------------------------------------------------------------------------
 
-    def _units(self, geometry: MiddleGeometry, row: int) -> tuple[float, float]:
-        """Positions that codes and old landmarks of a row would like to have."""
-        tokens = self.timeline.middle_tokens(row)
-        held, entries = geometry.held(tokens), geometry.num_entries(tokens)
-        match self.anchor_mode:
-            case "grid":
-                wanted = float(entries)
-            case "mean":
-                wanted = float(held)
-            case _:
-                wanted = (entries + held) / 2
-        return wanted, float(geometry.landmarks if tokens > held else 0)
-
-    def _span(self, geometry: MiddleGeometry) -> torch.Tensor:
-        """Positions ``[B]`` that the whole middle takes."""
-        if geometry not in self._spans:
-            room = self.sizes.middle_positions
-            spans = [sum(self._units(geometry, row)) for row in range(self.rows)]
-            if room is not None:
-                spans = [min(span, float(room)) for span in spans]
-            self._spans[geometry] = torch.tensor(spans).to(self.device, non_blocking=True)
-        return self._spans[geometry]
+    def places(self, geometry: MiddleGeometry | None) -> Places:
+        """Where everything is in layers of this geometry."""
+        if geometry not in self._places:
+            self._places[geometry] = Places(
+                self.sizes,
+                geometry,
+                self.evicted,
+                text_positions=self.text_positions,
+                anchor_mode=self.anchor_mode,
+            )
+        return self._places[geometry]
 
     def middle(self, geometry: MiddleGeometry) -> MiddleView:
-        """Positions of the middle's entries for layers of this geometry."""
+        """The middle's entries for layers of this geometry."""
         if geometry not in self._middles:
-            self._middles[geometry] = self._middle(geometry)
+            width = max(self._entries(geometry))
+            self._middles[geometry] = self.places(geometry).middle(width)
         return self._middles[geometry]
 
-    def _middle(self, geometry: MiddleGeometry) -> MiddleView:
-        rows = self.rows
-        totals = [self.timeline.middle_tokens(row) for row in range(rows)]
-        num_entries = max(geometry.num_entries(total) for total in totals)
-        parts = [self._middle_row(geometry, row, totals[row], num_entries) for row in range(rows)]
-        tokens = torch.stack([part[0] for part in parts])
-        positions = torch.stack([part[1] for part in parts])
-        valid = torch.stack([part[2] for part in parts])
-        complete = all(geometry.num_entries(total) == num_entries for total in totals)
-        first = [self.sizes.sink + total - geometry.held(total) for total in totals]
-        landmark_spans, scales = [], []
-        for row in range(rows):
-            wanted, old = self._units(geometry, row)
-            span = self._span_of(geometry, wanted + old)
-            scales.append(span / max(wanted + old, 1.0))
-            landmark_spans.append(old * scales[-1])
-        counts = torch.tensor([first, landmark_spans, scales], dtype=torch.float32)
-        counts = counts.to(self.device)
-        return MiddleView(
-            num_entries=num_entries,
-            positions=positions,
-            tokens=tokens,
-            valid=None if complete else valid,
-            landmark_first=counts[0],
-            landmark_span=counts[1],
-            scale=counts[2],
-            order=torch.stack([part[3] for part in parts]),
-        )
+    def middle_valid(self, geometry: MiddleGeometry) -> torch.Tensor | None:
+        """Which of them are there ``[B, N]``; None: all, which the host knows."""
+        entries = self._entries(geometry)
+        return None if min(entries) == max(entries) else self.middle(geometry).valid
 
-    def _span_of(self, geometry: MiddleGeometry, wanted: float) -> float:
-        room = self.sizes.middle_positions
-        return wanted if room is None else min(wanted, float(room))
-
-    def _middle_row(
-        self, geometry: MiddleGeometry, row: int, total: int, num_entries: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Text and cache positions, validity and order of one row's entries in memory order."""
-        sink = self.sizes.sink
-        index = torch.arange(num_entries, device=self.device)
-        if geometry.is_coded(total):
-            block, per_record = geometry.block_tokens, geometry.entries_per_record
-        else:
-            block, per_record = 1, 1
-        held = geometry.held(total)
-        records = held // block
-        last = total // block - 1
-        slot = index // per_record
-        whole = min(records, geometry.whole_records) if geometry.is_coded(total) else records
-        # Record j lies in slot j % whole of its ring, the cut ones (older) in a ring of their own.
-        record = last - (last - slot) % max(whole, 1)
-        cut = geometry.capacity // block - geometry.whole_records
-        if records > whole:
-            oldest_whole = last - whole
-            cut_record = oldest_whole - (oldest_whole - (slot - whole)) % min(records - whole, cut)
-            record = torch.where(slot < whole, record, cut_record)
-        # Entries of one record share its tokens evenly.
-        width = block / per_record
-        tokens = record * block + (index % per_record + 0.5) * width - 0.5
-        order = (record - (last + 1 - records)) * per_record + index % per_record
-        wanted, old = self._units(geometry, row)
-        scale = self._span_of(geometry, wanted + old) / max(wanted + old, 1.0)
-        by_grid = order.float()
-        by_mean = tokens - (total - held)
-        match self.anchor_mode:
-            case "grid":
-                place = by_grid
-            case "mean":
-                place = by_mean
-            case _:
-                place = (by_grid + by_mean) / 2
-        positions = sink + (old + place) * scale
-        if self.text_positions:
-            positions = sink + tokens.float()
-        return sink + tokens, positions.float(), index < records * per_record, order
+    def _entries(self, geometry: MiddleGeometry) -> list[int]:
+        totals = [self.timeline.middle_tokens(row) for row in range(self.rows)]
+        return [geometry.num_entries(total) for total in totals]

@@ -117,7 +117,7 @@ def load_session(path: str | os.PathLike[str], model: nn.Module, **arguments: An
     inner = getattr(model, "get_base_model", None)
     host = inner() if callable(inner) else model
     reader.check_model(host)
-    config = reader.config()
+    config = reader.config(host)
     notes, last_ids = reader.get("notes", dict), reader.last_ids()
     arguments = {**reader.optional_layers(given=arguments), **arguments}
     stored = reader.calibration(host)

@@ -6,7 +6,7 @@ import torch
 
 from adms.binding import Binding
 from adms.cache import ADMSKVCache
-from adms.errors import ADMSTypeError
+from adms.errors import ADMSTypeError, CacheStateError
 from adms.fingerprint import describe_codes, describe_model, model_of, sample_weights
 from adms.gates.coder import GatedCompressor
 from adms.layer import ADMSLayer
@@ -24,6 +24,11 @@ SPANS = "spans."
 def collect(cache: ADMSKVCache) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Every tensor of a cache by name, and what describes them."""
     binding = cache.binding_for_use
+    if binding.ranks.size > 1:
+        raise CacheStateError(
+            f"this process has the heads of one of {binding.ranks.size} ranks, and a session holds "
+            "all; load the model without tp_plan to save or load one"
+        )
     model = model_of(binding)
     timeline = cache.timeline
     tensors: dict[str, torch.Tensor] = {}

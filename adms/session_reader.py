@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from adms import compat
 from adms.attention.span_learner import IntegratedAttentionConfig
 from adms.cache import ADMSKVCache
 from adms.calibration import Calibration
-from adms.config import ADMSConfig, Sizes
+from adms.config import SINK_PARAMETERS, ADMSConfig, Sizes
 from adms.errors import ADMSError, ADMSValueError, SessionFileError
 from adms.fingerprint import (
     describe_codes,
@@ -53,7 +54,12 @@ class SessionReader:
         return value
 
     def check_model(self, model: nn.Module) -> None:
-        """Refuses another model than the stream ran through."""
+        """Refuses another model than the stream ran through, and a rank's part of one."""
+        if compat.tensor_parallel_group(model) is not None:
+            raise self.misfit(
+                "it holds all heads, and this process has those of one rank; load the model "
+                "without tp_plan"
+            )
         differences = model_differences(self.get("model", dict), describe_model(model))
         if differences:
             raise self.misfit(
@@ -88,11 +94,17 @@ class SessionReader:
         layers = self.get("layers", list)
         return self._dtype(layers[0]) if layers else None
 
-    def config(self) -> ADMSConfig:
+    def config(self, model: nn.Module) -> ADMSConfig:
         """The configuration, with what was left at its default still at it."""
-        explicit = self.get("explicit", list)
+        explicit, values = self.get("explicit", list), dict(self.get("config", dict))
+        # A family's own number of sinks may have been another one; a stream keeps its own.
+        family = find_family(model)
+        default = family.default_sinks(family.decoder(model).config)
+        sinks = self.get("sink", int, self.get("sizes", dict))
+        if default not in (None, sinks) and not any(name in explicit for name in SINK_PARAMETERS):
+            values["start_size"], explicit = sinks, [*explicit, "start_size"]
         try:
-            return ADMSConfig.from_dict(self.get("config", dict), explicit=explicit)
+            return ADMSConfig.from_dict(values, explicit=explicit)
         except ADMSError as error:
             raise self.misfit(f"its configuration: {error}") from error
 

@@ -8,6 +8,8 @@ side is asked of the tensors themselves, and ``lay_together`` brings them back.
 Shapes: ``L`` layers, ``B`` rows, ``K`` KV heads, ``Q`` columns of a pass.
 """
 
+import copy
+import dataclasses
 import functools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -18,7 +20,8 @@ from adms.entries import Entries
 from adms.layer import ADMSLayer
 from adms.tiers.coding import MiddleStack
 from adms.tiers.exact import ExactTier
-from adms.tiers.middle import MiddlePlan
+from adms.tiers.landmarks import LandmarkStore
+from adms.tiers.middle import MiddlePlan, MiddleTier
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,15 @@ class LayerStack:
         """The middles; None where the budget is 0."""
         plans = [layer.middle.plan for layer in self.layers if layer.middle is not None]
         return MiddleStack(plans, self.tensors[2]) if plans else None
+
+    @functools.cached_property
+    def reader(self) -> MiddleTier | None:
+        """The middles as one of ``L * B`` rows, to read from; None where the budget is 0."""
+        plans = [layer.middle.plan for layer in self.layers if layer.middle is not None]
+        if not plans:
+            return None
+        arena = self.tensors[2].flatten(0, 1)
+        return MiddleTier(plans[0] if len(plans) == 1 else _read_as_one(plans), arena)
 
     @functools.cached_property
     def staged(self) -> Entries | None:
@@ -78,6 +90,31 @@ def lay_together(layers: Sequence[ADMSLayer]) -> list[LayerStack]:
     for layer in layers:
         kinds.setdefault(_kind(layer), []).append(layer)
     return [_laid_together(alike) for alike in kinds.values()]
+
+
+def run_of(layers: Sequence[ADMSLayer]) -> LayerStack:
+    """As many of the layers, from the first on, as are alike and lie side by side already."""
+    kind, count = _kind(layers[0]), 1
+    while count < len(layers) and _kind(layers[count]) == kind:
+        count += 1
+    parts = list(zip(*map(tensors_of, layers[:count]), strict=True))
+    found = [side_by_side(part) for part in parts]
+    together = [part for part in found if part is not None]
+    if len(together) < len(found):
+        return LayerStack(list(layers[:1]), [part[0][None] for part in parts])
+    return LayerStack(list(layers[:count]), together)
+
+
+def _read_as_one(plans: Sequence[MiddlePlan]) -> MiddlePlan:
+    """A plan whose codes are read for the rows of several layers, one layer after the other."""
+    coders = [plan.coder for plan in plans if plan.coder is not None]
+    if not coders:
+        return plans[0]
+    coder, store = coders[0].stacked(coders), plans[0].store
+    if isinstance(store, LandmarkStore) and store.own is None:
+        store = copy.copy(store)
+        store.coder = coder
+    return dataclasses.replace(plans[0], coder=coder, store=store)
 
 
 def _laid_together(alike: list[ADMSLayer]) -> LayerStack:

@@ -3,37 +3,40 @@
 Between two commits nothing changes but the token in flight. What follows from the counts of the
 commit (positions, validity, which codes landmarks hide) is worked out once after it; the step
 itself reads whole buffers under masks and derives its slot and its mask from a counter on the
-device. Compression stays outside.
+device. Compression stays outside; once it is the same every time, it is as static (``steady``).
 
 Shapes: ``L`` layers, ``B`` rows, ``R`` rows or 1 where all rows agree, ``H`` query heads, ``K`` KV
 heads, ``S`` exact slots, ``N`` entries of the middle, ``M`` landmarks, ``D`` head size.
 """
 
-import contextlib
+import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from adms.attention.tiered import landmark_positions
 from adms.cache import ADMSKVCache
+from adms.compiled_layers import compiled_layers
 from adms.compressors.tables import CodeTables
 from adms.kernels.decode_attention import decode_attention, write_token
 from adms.kernels.parts import CodedPart, ExactPart, is_among
 from adms.layer import ADMSLayer
-from adms.positions import ForwardView, MiddleView
-from adms.step_buffers import FULL, Held, Shared
+from adms.places import Places
+from adms.positions import ForwardView
+from adms.stack import tensors_of
+from adms.steady import SteadyCommit
+from adms.step_buffers import FULL, Held, Shared, hold
+from adms.step_capture import Output, rehearsal_stream
 from adms.tiers.middle import MiddleTier
-from adms.timeline import ring_tokens
+
+logger = logging.getLogger("adms")
 
 # Passes before a capture, in which kernels are compiled and libraries set themselves up.
 WARMUP_PASSES = 2
-# What compiles the layers of a pass that is captured; None captures them as they are.
-BACKEND: str | None = "inductor"
-# Compiled forms of one kind of layer, over all captures of a process.
-MOST_CAPTURED_LAYERS = 2**16
+# Where the commit of steady decoding is static too. A CPU would only do more work.
+STEADY_DEVICES = ("cuda",)
 Tables = tuple[CodeTables | None, CodeTables | None]
 
 
@@ -53,19 +56,16 @@ class DecodeStep:
         self.batch = cache.timeline.batch_size
         self.device = self.layers[0].exact.keys.device
         self.fused = self.device.type == "cuda"
+        self.kernel = cache.binding_for_use.kernel
+        self.text_positions = not cache.config.enable_pos_shift
+        self.anchor_mode = cache.config.anchor_mode
         self.scheme = cache.binding_for_use.kinds[0].scheme
         embedding = getattr(self.scheme, "embedding", None)
         if embedding is not None:
             # Copied when the model was enabled, which may have moved since.
             embedding.to(self.device)
-        self.pointers = _pointers(self.layers)
-        self.indices = {
-            layer.exact.keys.data_ptr(): index
-            for index, layer in enumerate(self.layers)
-            if layer.exact is not None
-        }
-        for place in self.indices:
-            _BY_RING[place] = self
+        # What is given up elsewhere is not held here.
+        self.tiers = [weakref.ref(part) for part in _tiers(self.layers)]
         self.flags = torch.zeros(len(self.layers), dtype=torch.uint8, device=self.device)
         pinned = self.device.type == "cuda"
         self.flags_host = torch.zeros(len(self.layers), dtype=torch.uint8, pin_memory=pinned)
@@ -84,16 +84,20 @@ class DecodeStep:
         self.graph: Any = None
         self.arguments: dict[str, Any] = {}
         self.output: Any = None
+        #: the commit of steady decoding, as static as the pass
+        self.steady: SteadyCommit | None = None
 
     def fits(self, cache: ADMSKVCache) -> bool:
         """Whether the tiers are still where they were."""
-        return self.pointers == _pointers(cache.layers)
+        found = _tiers(cache.layers)
+        same = all(own() is part for own, part in zip(self.tiers, found, strict=False))
+        return same and len(found) == len(self.tiers)
 
     def tensors(self) -> list[torch.Tensor]:
         """Everything that is kept between passes."""
         held = [] if self.held is None else self.held.tensors()
         # Codes and landmarks may be read by the same.
-        found = [one.offsets for tables in self.tables for one in tables if one is not None]
+        found = [part for tables in self.tables for one in tables if one for part in one.tensors()]
         held += list({id(part): part for part in found}.values())
         own = [self.flags, self.flags_host, self.inputs, getattr(self.output, "hidden", None)]
         return held + [part for part in own if part is not None]
@@ -117,6 +121,9 @@ class DecodeStep:
             self.graph = self.output = self.held = None
             self.tables = []
             self.key, self.phase, self.stale = key, phase, True
+            self.steady = None
+            if phase == "coded" and self.device.type in STEADY_DEVICES:
+                self.steady = SteadyCommit.of(self, view.timeline)
             self.inputs = torch.empty_like(given, memory_format=torch.contiguous_format)
         if self.inputs is None:
             raise RuntimeError("a step without a place for its input")
@@ -150,15 +157,15 @@ class DecodeStep:
     ) -> None:
         """Captures the pass; where nothing can be captured, runs it."""
         if self.device.type != "cuda":
-            self.output = _Output(self._pass(forward, arguments))
+            self.output = Output(self._pass(forward, arguments))
             return
         if self.held is None:
             raise RuntimeError("a capture before its buffers")
         seen = self.held.seen.clone()
-        side = torch.cuda.Stream()
+        side = rehearsal_stream(self.device)
         side.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
-        with _compiled_layers(self.decoder()):
+        with compiled_layers(self.decoder(), self.attend):
             with torch.cuda.stream(side):
                 for _ in range(WARMUP_PASSES):
                     # The next slot may hold a token that is still read.
@@ -172,7 +179,8 @@ class DecodeStep:
         self.held.seen.copy_(seen)
         # The graph reads their places.
         self.arguments = arguments
-        self.graph, self.output = graph, _Output(result)
+        self.graph, self.output = graph, Output(result)
+        self._capture_commit(graph.pool())
 
     def _pass(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         self.shared = self._shared()
@@ -184,68 +192,86 @@ class DecodeStep:
             self.held.seen += 1
         return result
 
+    # --- the commit of steady decoding -----------------------------------------------------------
+
+    def _capture_commit(self, pool: Any) -> None:
+        """Captures it too; where that fails it says so, and commits are made in the general way."""
+        if self.steady is None:
+            return
+        try:
+            self.steady.capture(pool)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if self.kernel == "triton":
+                raise
+            # What a metric or a coder does cannot be known before it is captured.
+            first = str(error).strip().split("\n")[0]
+            logger.warning(
+                "commits are made without a CUDA graph: %s: %s", type(error).__name__, first
+            )
+            self.steady = None
+
+    def commit_of(self, before: list[int], after: list[int]) -> SteadyCommit | None:
+        """The static commit by which ``evicted`` of all rows turns from ``before`` to ``after``."""
+        steady = self.steady
+        return steady if steady is not None and steady.makes(before, after) else None
+
     # --- what all layers share -------------------------------------------------------------------
 
     def _held(self, view: ForwardView) -> Held:
-        """From the host's counts, by the same rules as any other pass."""
-        sizes, middle = view.sizes, self.layers[0].middle
-        geometry = None if middle is None else middle.plan.geometry
-        sinks = torch.arange(sizes.sink, device=self.device).expand(view.rows, -1)
-        evicted = view.evicted[:, None]
-        tokens = torch.cat([sinks, ring_tokens(view.evicted + sizes.ring, sizes.ring)], dim=1)
-        kept = torch.cat([sinks < evicted, torch.ones_like(tokens[:, sizes.sink :]).bool()], dim=1)
-        positions = view.exact_positions(tokens, geometry)
-        held = Held(view.seen.clone(), tokens, kept, positions)
-        if middle is None or geometry is None or self.phase == "empty":
-            return held
-        found = view.middle(geometry)
-        width = found.num_entries
-        if self.fused:
-            # A graph reads as many for every token.
-            coded = self.phase == "coded"
-            width = geometry.num_entries(FULL) if coded else geometry.raw_tokens
-        missing = width - found.num_entries
-        pad = torch.nn.functional.pad
-        shown = torch.ones_like(found.order).bool() if found.valid is None else found.valid
-        held.positions = torch.cat([positions, pad(found.positions, (0, missing))], dim=1)
-        held.valid = pad(shown, (0, missing))
-        held.order = pad(found.order, (0, missing), value=-1).to(torch.int32)
-        if self.phase == "coded" and geometry.landmarks:
-            self._hold_landmarks(held, view, found, middle)
-        return held
+        """From the host's counts."""
+        middle, width = self.layers[0].middle, 0
+        if middle is not None and self.phase != "empty":
+            geometry = middle.plan.geometry
+            totals = [view.timeline.middle_tokens(row) for row in range(view.rows)]
+            if self.fused or self.steady is not None:
+                # What is captured reads as many for every token.
+                totals = [FULL if self.phase == "coded" else geometry.raw_tokens]
+            width = max(geometry.num_entries(total) for total in totals)
+        places = view.places(None if middle is None else middle.plan.geometry)
+        return hold(places, view.seen.clone(), view.evicted.clone(), width, self._marks)
+
+    def renew(self) -> None:
+        """Works out anew what follows from the counts ``seen`` and ``evicted`` that are held."""
+        held, middle = self.held, self.layers[0].middle
+        if held is None or held.valid is None or middle is None:
+            raise RuntimeError("a step without a middle was to be brought up to date")
+        places = Places(
+            self.layers[0].cache.sizes,
+            middle.plan.geometry,
+            held.evicted,
+            text_positions=self.text_positions,
+            anchor_mode=self.anchor_mode,
+        )
+        held.take(hold(places, held.seen, held.evicted, held.valid.shape[1], self._marks))
+
+    @property
+    def _marks(self) -> torch.Tensor | None:
+        """Text positions ``[B, M]`` of landmarks, the same in all layers."""
+        middle = self.layers[0].middle
+        if middle is None or self.phase != "coded" or not middle.plan.geometry.landmarks:
+            return None
+        return middle.landmark_tokens()
 
     def _hold_tables(self) -> None:
         """How codes are read, which follows from headers alone: once, and when rows change."""
         if self.phase != "coded" or (self.tables and not self.moved):
             return
         found = [layer.middle.tables() for layer in self.layers if layer.middle is not None]
-        if not self.tables:
+        if not self.fused:
+            # The twin reads what there is and no more.
+            found = [(one and one.trimmed(), mark and mark.trimmed()) for one, mark in found]
+        if not self.tables or not self.fused:
             self.tables = found
+            self.moved = False
+            return
         for before, after in zip(self.tables, found, strict=True):
             for own, new in zip(before, after, strict=True):
                 if own is not None and new is not None and own is not new:
                     # All else of them are views of the headers.
                     own.offsets.copy_(new.offsets)
         self.moved = False
-
-    def _hold_landmarks(
-        self, held: Held, view: ForwardView, found: MiddleView, middle: MiddleTier
-    ) -> None:
-        geometry = middle.plan.geometry
-        # The same in all layers, which choose them together.
-        tokens = middle.landmark_tokens()
-        held.mark_positions = landmark_positions(tokens, found, view)
-        held.mark_valid = tokens >= 0
-        # Counted from the oldest token that has a code, which stays exact however long the stream.
-        totals = [view.timeline.middle_tokens(row) for row in range(self.batch)]
-        first = torch.tensor(
-            [view.sizes.sink + total - geometry.held(total) for total in totals],
-            device=self.device,
-        )
-        hidden = torch.where(held.mark_valid, tokens - first[:, None], -1).clamp(min=-1)
-        if geometry.entries_per_record != geometry.block_tokens:
-            hidden = torch.full_like(hidden, -1)
-        held.hidden = hidden.to(torch.int32)
 
     def _shared(self) -> Shared:
         """From the buffers alone, on the device."""
@@ -268,8 +294,15 @@ class DecodeStep:
             exact=(cos[:, :count], sin[:, :count]),
             valid=held.kept & (held.tokens <= held.seen[:, None]),
             middle=(cos[:, count:], sin[:, count:]),
+            shown=self._shown(held),
             marks=marks,
         )
+
+    def _shown(self, held: Held) -> torch.Tensor | None:
+        """Which entries of the middle no landmark stands for; None where each layer finds out."""
+        if self.fused or held.valid is None or held.order is None or held.hidden is None:
+            return None
+        return held.valid & ~is_among(held.order, held.hidden)
 
     # --- one layer -------------------------------------------------------------------------------
 
@@ -286,6 +319,7 @@ class DecodeStep:
         exact = layer.exact
         if shared is None or exact is None:
             raise RuntimeError("attention of a step outside of its pass")
+        layer.require_alike(exact, key, value)
         flag = self.flags[index : index + 1]
         if self.fused:
             from adms.kernels.decode_attention_triton import fused_write_token
@@ -293,7 +327,9 @@ class DecodeStep:
             fused_write_token(key, value, exact.keys, exact.values, shared.slots, flag)
         else:
             write_token(key, value, exact.keys, exact.values, shared.slots, flag)
-        parts = [ExactPart(exact.keys, exact.values, *shared.exact, shared.valid)]
+        # Slots start as zeros, and what is not finite never stays in one.
+        ring = ExactPart(exact.keys, exact.values, *shared.exact, shared.valid, is_finite=True)
+        parts = [ring]
         coded: list[CodedPart] = []
         if layer.middle is not None and self.phase != "empty":
             tables = self.tables[index] if self.tables else (None, None)
@@ -314,18 +350,19 @@ class DecodeStep:
         held = self.held
         if held is None or held.valid is None:
             raise RuntimeError("a middle before its buffers")
-        hidden = held.hidden
+        valid, hidden = held.valid, held.hidden
+        if shared.shown is not None:
+            valid, hidden = shared.shown, None
         order = held.order if hidden is not None else None
         tables, mark_tables = found
         if tables is not None:
-            records = middle.records()[:, : held.valid.shape[1]]
-            coded.append(CodedPart(records, tables, *shared.middle, held.valid, order, hidden))
+            records = middle.records()[:, : valid.shape[1]]
+            coded.append(CodedPart(records, tables, *shared.middle, valid, order, hidden))
         else:
             total = FULL if self.phase == "coded" else middle.plan.geometry.raw_tokens
             entries = middle.read([total] * self.batch)
             if entries is None:
                 raise RuntimeError("a middle with tokens was read as empty")
-            valid = held.valid
             width = valid.shape[1]
             if order is not None and hidden is not None:
                 valid = valid & ~is_among(order, hidden)
@@ -344,88 +381,6 @@ class DecodeStep:
             parts.append(ExactPart(marks.keys, marks.values, *shared.marks, shown))
 
 
-# Steps by the place of a layer's ring. Torch's compiler sees an attention that is given the ring,
-# the same for every layer, and nothing of what a step is.
-_BY_RING: "weakref.WeakValueDictionary[int, DecodeStep]" = weakref.WeakValueDictionary()
-
-
-@torch.library.custom_op("adms::step_attention", mutates_args=())
-def step_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ring: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    """Attention of a step under way.
-
-    What it changes, the slot in flight, nothing else in the pass reads.
-
-    Args:
-        query: ``[B, H, 1, D]`` before positions.
-        key, value: ``[B, K, 1, D]`` of the token in flight.
-        ring: the layer's exact keys, which name the layer.
-        scaling: factor of the scores.
-
-    Returns:
-        ``[B, 1, H, D]``.
-    """
-    step = _BY_RING[ring.data_ptr()]
-    return step.attend(step.indices[ring.data_ptr()], query, key, value, scaling)
-
-
-@step_attention.register_fake
-def _(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ring: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    rows, heads, count, size = query.shape
-    return query.new_empty(rows, count, heads, size)
-
-
-class _Output:
-    """Makes the decoder's output anew for every pass, from the place where it is written."""
-
-    def __init__(self, result: Any) -> None:
-        self.made = type(result)
-        self.is_tuple = isinstance(result, tuple)
-        self.hidden: torch.Tensor = result[0]
-        self.cache = None if self.is_tuple else result.get("past_key_values")
-        self.rest = result[1:] if self.is_tuple else ()
-
-    def __call__(self) -> Any:
-        # A caller may keep it beyond the next pass.
-        hidden = self.hidden.clone()
-        if self.is_tuple:
-            return (hidden, *self.rest)
-        return self.made(last_hidden_state=hidden, past_key_values=self.cache)
-
-
-@contextlib.contextmanager
-def _compiled_layers(decoder: Any) -> Iterator[None]:
-    """Has every layer of a decoder compiled on its own while the block runs.
-
-    Compiled together they take as many times longer as there are layers; apart, the compiler finds
-    the code of the first one in its cache again.
-    """
-    if BACKEND is None or decoder is None:
-        yield
-        return
-    before = [layer.__dict__.get("forward") for layer in decoder.layers]
-    try:
-        for layer in decoder.layers:
-            layer.forward = torch.compile(
-                layer.forward, backend=BACKEND, fullgraph=True, dynamic=False
-            )
-        # The layers of all models of a kind share one function, and each capture of each layer has
-        # its own entry there, which is used once.
-        with torch._dynamo.config.patch(
-            recompile_limit=MOST_CAPTURED_LAYERS, accumulated_recompile_limit=MOST_CAPTURED_LAYERS
-        ):
-            yield
-    finally:
-        for layer, own in zip(decoder.layers, before, strict=True):
-            if own is None:
-                del layer.forward
-            else:
-                layer.forward = own
-
-
 def phase_of(middle: MiddleTier | None, total: int) -> str:
     """How a middle holds the ``total`` tokens that have entered it."""
     if middle is None or total == 0:
@@ -433,11 +388,7 @@ def phase_of(middle: MiddleTier | None, total: int) -> str:
     return "coded" if middle.plan.geometry.is_coded(total) else "exact"
 
 
-def _pointers(layers: list[Any]) -> tuple[int, ...]:
-    """Where the tiers lie."""
-    places = []
-    for layer in layers:
-        if isinstance(layer, ADMSLayer) and layer.exact is not None:
-            places += [layer.exact.keys.data_ptr(), layer.exact.values.data_ptr()]
-            places.append(0 if layer.middle is None else layer.middle.arena.data_ptr())
-    return tuple(places)
+def _tiers(layers: list[Any]) -> list[torch.Tensor]:
+    """Keys, values and bytes of every layer that has tiers."""
+    own = [layer for layer in layers if isinstance(layer, ADMSLayer) and layer.exact is not None]
+    return [part for layer in own for part in tensors_of(layer)]

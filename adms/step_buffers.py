@@ -9,8 +9,10 @@ import dataclasses
 import torch
 
 from adms.compressors.codebooks import GROUP, shipped
+from adms.compressors.tables import BAG_BYTES
 from adms.config import Sizes
-from adms.positions import MiddleGeometry
+from adms.places import MiddleGeometry, Places
+from adms.timeline import ring_tokens
 
 # More than any stream has: the geometry of a full middle.
 FULL = 2**62
@@ -22,6 +24,7 @@ class Held:
 
     Attributes:
         seen: ``[R]`` int64, counted up by the step itself.
+        evicted: ``[R]`` int64, tokens that have left the recent tier.
         tokens: ``[R, S]`` int64, what each exact slot holds until the next commit.
         kept: ``[R, S]`` whether it holds anything by then.
         positions: ``[R, S + N]`` float32 cache positions of exact slots and the middle.
@@ -33,6 +36,7 @@ class Held:
     """
 
     seen: torch.Tensor
+    evicted: torch.Tensor
     tokens: torch.Tensor
     kept: torch.Tensor
     positions: torch.Tensor
@@ -52,6 +56,47 @@ class Held:
             own.copy_(new)
 
 
+def hold(
+    places: Places,
+    seen: torch.Tensor,
+    evicted: torch.Tensor,
+    width: int,
+    marks: torch.Tensor | None,
+) -> Held:
+    """What follows from the counts of a commit, by the same rules as any other pass.
+
+    Args:
+        places: by ``evicted``.
+        seen: ``[R]`` int64.
+        evicted: ``[R]`` int64.
+        width: entries of the middle that are read; 0 where there is none.
+        marks: ``[B, M]`` text positions of landmarks, -1 where a slot is empty; None: there are
+            none.
+    """
+    sizes, geometry = places.sizes, places.geometry
+    sinks = torch.arange(sizes.sink, device=evicted.device).expand(len(evicted), -1)
+    tokens = torch.cat([sinks, ring_tokens(evicted + sizes.ring, sizes.ring)], dim=1)
+    filled = torch.ones_like(tokens[:, sizes.sink :]).bool()
+    kept = torch.cat([sinks < evicted[:, None], filled], dim=1)
+    held = Held(seen, evicted, tokens, kept, places.exact(tokens))
+    if geometry is None or not width:
+        return held
+    found = places.middle(width)
+    held.valid = found.valid
+    shown = torch.where(found.valid, found.positions, 0)
+    held.positions = torch.cat([held.positions, shown], dim=1)
+    held.order = torch.where(found.valid, found.order, -1).to(torch.int32)
+    if marks is None:
+        return held
+    held.mark_positions, held.mark_valid = places.landmarks(marks), marks >= 0
+    # Counted from the oldest token that has a code, which stays exact however long the stream.
+    hidden = torch.where(held.mark_valid, marks - places.first, -1).clamp(min=-1)
+    if geometry.entries_per_record != geometry.block_tokens:
+        hidden = torch.full_like(hidden, -1)
+    held.hidden = hidden.to(torch.int32)
+    return held
+
+
 @dataclasses.dataclass
 class Shared:
     """What a pass works out once for all layers."""
@@ -61,6 +106,7 @@ class Shared:
     exact: tuple[torch.Tensor, torch.Tensor]
     valid: torch.Tensor
     middle: tuple[torch.Tensor, torch.Tensor]
+    shown: torch.Tensor | None
     marks: tuple[torch.Tensor, torch.Tensor] | None
 
 
@@ -85,13 +131,14 @@ def planned_bytes(
     """
     slots = sizes.sink + sizes.ring
     # As the fields of ``Held`` come: counts, then slots, entries and landmarks.
-    a_row = 8 + slots * (8 + 1 + 4)
+    a_row = 2 * 8 + slots * (8 + 1 + 4)
     if geometry is not None:
         a_row += max(geometry.raw_tokens, geometry.num_entries(FULL)) * (4 + 1 + 4)
         a_row += geometry.landmarks * (4 + 1 + 4)
     if geometry is not None and geometry.capacity:
         # Of codes and of landmarks, which may have codes of their own: offsets for every stage and
-        # group, and one more.
-        a_row += 2 * layers * 4 * (len(shipped()[0]) * -(-elements // GROUP) + 1)
+        # group, and one more; where they are read in plain PyTorch, their bags too.
+        groups = -(-elements // GROUP)
+        a_row += 2 * layers * ((4 + BAG_BYTES) * len(shipped()[0]) * groups + 4 * (groups + 1))
     # A token's number or state on the way in, its state on the way out, two flags a layer.
     return batch * (a_row + 8 + 2 * hidden_bytes) + 2 * layers

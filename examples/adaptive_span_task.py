@@ -1,17 +1,20 @@
 """Recall from near or far: a learned span against fixed windows of equal cost.
 
 Rows hide 8 facts (a key, its value) in noise: three rows of four a few tokens before the questions,
-the others about a hundred. The noise tells which. Usage: python adaptive_span_task.py OUTPUT_FOLDER
+the others about a hundred. The noise tells which.
+
+    python examples/adaptive_span_task.py OUTPUT_FOLDER
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
-from matplotlib import pyplot as plt
 from torch import nn
 
 from adms.attention.adaptive_span import AdaptiveSpan, Predictor
+from adms.evaluation.plots.style import figure
+from adms.evaluation.run_folder import Row, markdown_table, write_run
 
 KEYS, VALUES, NOISE, DIMS, TOKENS, ASKED, RAMP, STEPS = 24, 8, 16, 32, 128, 4, 8, 500
 
@@ -48,7 +51,7 @@ class Recall(nn.Module):
         return self.head(out), scale
 
 
-def train(window: int | None, penalty: float = 0.0, seed: int = 0) -> dict:
+def train(window: int | None, penalty: float = 0.0, seed: int = 0) -> Row:
     """Train and test one model: its accuracy, and the keys a question reads (mean of the rows)."""
     torch.manual_seed(seed)
     rng, model = torch.Generator().manual_seed(seed + 1), Recall(window)
@@ -67,14 +70,31 @@ def train(window: int | None, penalty: float = 0.0, seed: int = 0) -> dict:
     return {"window": window, "penalty": penalty, "seed": seed, "accuracy": right, "keys": keys}
 
 
-(folder := Path(sys.argv[1])).mkdir(parents=True, exist_ok=True)
-fixed = [train(window) for window in (8, 16, 32, 48, 64, 96, 112, 128)]
-learned = [train(None, penalty, seed) for penalty in (0.02, 0.05) for seed in range(3)]
-(folder / "results.txt").write_text("\n".join(map(str, fixed + learned)))
-axes = plt.subplots(figsize=(7, 4), layout="constrained")[1]
-axes.plot([r["keys"] for r in fixed], [r["accuracy"] for r in fixed], "o-", label="fixed window")
-accuracy = [r["accuracy"] for r in learned]
-axes.plot([r["keys"] for r in learned], accuracy, "*", label="learned span (2 penalties, 3 seeds)")
-axes.set(xlabel="keys read per question (mean)", ylabel="accuracy", ylim=(0, 1.05))
-axes.legend(loc="lower right")
-plt.savefig(folder / "plot.png", dpi=120)
+def display(row: Row) -> Row:
+    """A model's row in the columns that people read."""
+    name = f"fixed window of {row['window']}"
+    if row["window"] is None:
+        name = f"learned span, penalty {row['penalty']}, seed {row['seed']}"
+    keys = f"{row['keys']:.0f}"
+    return {"attention": name, "keys read per question": keys, "accuracy": f"{row['accuracy']:.0%}"}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path, help="folder of the run")
+    output = parser.parse_args().output
+    fixed = [train(window) for window in (16, 48, 112, 128)]
+    learned = [train(None, penalty, seed) for penalty in (0.02, 0.05) for seed in range(3)]
+    with figure(output / "plots" / "span.png", figsize=(7, 4)) as axes:
+        for rows, look, label in (
+            (fixed, "o-", "fixed window"),
+            (learned, "k*", "learned span (2 penalties, 3 seeds)"),
+        ):
+            keys = [row["keys"] for row in rows]
+            axes.plot(keys, [row["accuracy"] for row in rows], look, label=label)
+        axes.set(xlabel="keys read per question (mean)", ylabel="accuracy", ylim=(0, 1.05))
+        axes.legend(loc="lower right")
+    table = markdown_table([display(row) for row in fixed + learned])
+    config = {"tokens": TOKENS, "keys": KEYS, "steps": STEPS, "ramp": RAMP}
+    body = f"{table}\n![accuracy](plots/span.png)"
+    print(write_run(output, "A span that follows the content", config, fixed + learned, body))

@@ -6,15 +6,16 @@ attend to as many blocks; one chooses them by content, the other takes the neare
     python examples/block_sparse_recall.py OUTPUT_FOLDER [--steps 300]
 """
 
-import sys
+import argparse
 import time
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from adms.attention.block_sparse import AdaptiveConfig, AdaptiveSparsityTrainer, BlockSparseAdaptive
+from adms.evaluation.plots.style import figure
+from adms.evaluation.run_folder import Row, markdown_table, write_run
 
 TOKENS, KEYS, VALUES, SIZE = 1024, 512, 32, 64
 
@@ -46,7 +47,8 @@ def batch_of(size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return tokens, values.gather(1, asked)[:, 0]
 
 
-def train(name: str, local_fraction: float, steps: int) -> tuple[list[float], float, float]:
+def train(local_fraction: float, steps: int) -> tuple[list[float], Row]:
+    """The training losses, and what was found."""
     torch.manual_seed(0)
     start = time.perf_counter()
     generator, model = torch.Generator().manual_seed(0), Recall(local_fraction)
@@ -64,17 +66,37 @@ def train(name: str, local_fraction: float, steps: int) -> tuple[list[float], fl
     with torch.no_grad():
         accuracy = (model.eval()(tokens).argmax(-1) == answers).float().mean().item()
     sparsity = trainer.analyze_patterns([tokens], 64)["sparsity_ratios"][0]
-    print(f"| {name} | {sparsity:.1%} | {accuracy:.1%} | {time.perf_counter() - start:.0f} |")
-    return [loss.item() for loss in losses], accuracy, sparsity
+    seconds = time.perf_counter() - start
+    found = {"sparsity": sparsity, "recall": accuracy, "seconds": seconds}
+    return [loss.item() for loss in losses], found
 
 
 if __name__ == "__main__":
-    (output := Path(sys.argv[1])).mkdir(parents=True, exist_ok=True)
-    print("| pattern | sparsity | recall | seconds of training |\n|---|---|---|---|")
-    panel = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
-    for label, fraction in (("adaptive", 0.0), ("fixed local", 1.0)):
-        curve, accuracy, _ = train(label, fraction, 300)
-        panel.plot(curve, label=f"{label}: recall {accuracy:.0%}", linewidth=0.8)
-    panel.set(xlabel="training step", ylabel="cross-entropy")
-    panel.legend()
-    figure.savefig(output / "recall.png", dpi=150)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path, help="folder of the run")
+    parser.add_argument("--steps", type=int, default=300, help="of training")
+    given = parser.parse_args()
+    rows: list[Row] = []
+    with figure(given.output / "plots" / "recall.png", figsize=(6, 4)) as panel:
+        for name, fraction, line in (
+            ("chosen by content", 0.0, "-"),
+            ("nearest blocks", 1.0, "--"),
+        ):
+            losses, found = train(fraction, given.steps)
+            rows.append({"pattern": name, **found})
+            label = f"{name}: recall {found['recall']:.0%}"
+            panel.plot(losses, line, label=label, linewidth=0.8)
+        panel.set(xlabel="training step", ylabel="cross-entropy")
+        panel.legend()
+    table = [
+        {**row, "sparsity": f"{row['sparsity']:.1%}", "recall": f"{row['recall']:.1%}"}
+        for row in rows
+    ]
+    for row in table:
+        del row["seconds"]
+    body = (
+        f"{KEYS - 1} pairs, {VALUES} values, {TOKENS} tokens, {given.steps} training steps, one "
+        f"seed.\n\n{markdown_table(table)}\n![training](plots/recall.png)"
+    )
+    config = {"tokens": TOKENS, "keys": KEYS, "values": VALUES, "size": SIZE, "steps": given.steps}
+    print(write_run(given.output, "Associative recall", config, rows, body))

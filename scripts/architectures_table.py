@@ -1,4 +1,4 @@
-"""Prints the README's table of architectures from the reports of test runs.
+"""Writes the README's table of architectures from the reports of test runs, into a folder.
 
     python -m pytest tests/test_architectures*.py --junitxml=reports/newest.xml
     VERSION_MATRIX_REPORTS=reports bash scripts/version_matrix.sh
@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import transformers
 from packaging.version import Version
 
+from adms.evaluation.run_folder import Row, markdown_table, write_run
 from adms.patches import FAMILIES, Family
 from tests.patches.tiny import ARCHITECTURES, config_of
 
@@ -58,39 +59,48 @@ def read_report(path: Path) -> tuple[str, dict[str, list[bool]]]:
     return str(versions.pop()), results
 
 
+def family_row(family: Family) -> Row:
+    """What a family says of itself."""
+    return {
+        "Models": family.name,
+        "`model_type`": ", ".join(f"`{name}`" for name in family.model_types),
+        "Positions": family.positions,
+        "Result": family.exact,
+    }
+
+
 def row_start(family: Family) -> str:
     """A family's row up to the versions."""
-    types = ", ".join(f"`{name}`" for name in family.model_types)
-    return f"| {family.name} | {types} | {family.positions} | {family.exact} |"
+    return f"| {' | '.join(family_row(family).values())} |"
 
 
-def table(reports: list[tuple[str, dict[str, list[bool]]]]) -> str:
-    """The table in Markdown."""
-    lines = [
-        "| Models | `model_type` | Positions | Result | Tests passed with transformers |",
-        "|---|---|---|---|---|",
-    ]
+def rows_of(reports: dict[str, dict[str, list[bool]]]) -> list[Row]:
+    """One row a family; a version stands there if every test of the family passed on it."""
+    rows = []
     for family in FAMILIES:
         names = [name for name in ARCHITECTURES if family_of(name) is family]
         passed = sorted(
-            {
+            (
                 version
-                for version, results in reports
+                for version, results in reports.items()
                 if all(results.get(name) and all(results[name]) for name in names)
-            },
+            ),
             key=Version,
         )
-        lines.append(f"{row_start(family)} {', '.join(passed) or 'none'} |")
-    return "\n".join(lines)
+        versions = ", ".join(passed) or "none"
+        rows.append({**family_row(family), "Tests passed with transformers": versions})
+    return rows
 
 
 def main() -> None:
-    """Reads the folder of reports and prints the table."""
+    """Reads the folder of reports and prints the report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "reports", type=Path, help="folder of JUnit files, at least one per version"
     )
-    folder = parser.parse_args().reports
+    parser.add_argument("--output", type=Path, default=Path("outputs/architectures"))
+    arguments = parser.parse_args()
+    folder = arguments.reports
     paths = sorted(folder.glob("*.xml"))
     if not paths:
         raise SystemExit(f"{folder} holds no *.xml; make some with pytest --junitxml")
@@ -101,7 +111,15 @@ def main() -> None:
         known = merged.setdefault(version, defaultdict(list))
         for name, outcomes in results.items():
             known[name] += outcomes
-    print(table(list(merged.items())))
+    rows = rows_of(merged)
+    counts = {
+        version: sum(len(outcomes) for outcomes in results.values())
+        for version, results in merged.items()
+    }
+    tests = ", ".join(f"{version}: {count} tests" for version, count in sorted(counts.items()))
+    body = f"transformers {tests}.\n\n{markdown_table(rows)}"
+    config = {"reports": [path.name for path in paths], "tests": counts}
+    print(write_run(arguments.output, "Supported models", config, rows, body))
 
 
 if __name__ == "__main__":

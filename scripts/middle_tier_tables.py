@@ -11,17 +11,22 @@ configuration unless a row names it.
 """
 
 import argparse
+import contextlib
 import csv
+import functools
 import itertools
 import math
 import os
+import queue
+import re
 import shlex
-import subprocess
 import sys
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from multiprocessing import Queue, get_context
 from pathlib import Path
 
 from adms.evaluation.run_folder import Row, markdown_table, write_atomic
@@ -63,14 +68,12 @@ class Job:
         table: that it belongs to.
         row, column: where its figures stand.
         arguments: of ``adms``.
-        weight: about how long it takes beside others; the longest start first.
     """
 
     table: str
     row: tuple[str, ...]
     column: str
     arguments: tuple[str, ...]
-    weight: float = 1.0
 
     @property
     def name(self) -> str:
@@ -110,7 +113,6 @@ def size_jobs(texts: Sequence[str]) -> Iterable[Job]:
             (short_name(text), str(tokens), dtype, str(size)),
             "",
             tuple(arguments),
-            tokens / 4096,
         )
 
 
@@ -119,7 +121,7 @@ def method_jobs(texts: Sequence[str]) -> Iterable[Job]:
     for text in texts:
         place = ["--offset", "2000", "--tokens", "4096", "--measure-from", "1280"]
         arguments = ("eval", "--text", text, *place, "--methods", "all", *sizes(512))
-        yield Job("methods", (), short_name(text), arguments, weight=4)
+        yield Job("methods", (), short_name(text), arguments)
 
 
 def compressor_jobs(texts: Sequence[str]) -> Iterable[Job]:
@@ -152,7 +154,7 @@ def sink_jobs(texts: Sequence[str]) -> Iterable[Job]:
         options += ["--methods", "streaming,adms", *with_settings(words)]
         streams = ["--samples", "4", "--together", "4"]
         arguments = ["eval", "--text", text, *place, *streams, *options]
-        yield Job("sinks", (words, str(budget)), short_name(text), tuple(arguments), 6)
+        yield Job("sinks", (words, str(budget)), short_name(text), tuple(arguments))
 
 
 def question(text: str, kind: str, length: int, methods: str, *more: str) -> tuple[str, ...]:
@@ -161,6 +163,9 @@ def question(text: str, kind: str, length: int, methods: str, *more: str) -> tup
     stride = min(length, 24000)
     trials = ["--trials", "10", "--together", "50", "--stride", str(stride)]
     place = ["--text", text, "--kinds", kind, "--lengths", str(length)]
+    if length > 8192:
+        # A thousand chunks of 64 tokens would take a GPU ten minutes.
+        more = (*more, "--set", "prefill_chunk_size=512")
     return ("passkey", *place, *trials, "--methods", methods, *more)
 
 
@@ -174,13 +179,13 @@ def recall_jobs(texts: Sequence[str]) -> Iterable[Job]:
             methods += ["streaming", "full"]
         for method in methods:
             arguments = question(text, kind, length, method, *depths)
-            yield Job("recall", (kind, method), str(length), arguments, length / 4096)
+            yield Job("recall", (kind, method), str(length), arguments)
         if length > (16384 if kind == "passkey" else 8064):
             continue
         for name in COMPRESSORS[1:]:
             chosen = ["--depths", FEW_DEPTHS, *with_settings(f"compressor_type={name}")]
             arguments = question(text, kind, length, "adms", *chosen)
-            yield Job("recall", (kind, name), str(length), arguments, length / 4096)
+            yield Job("recall", (kind, name), str(length), arguments)
 
 
 def beyond_jobs(texts: Sequence[str]) -> Iterable[Job]:
@@ -192,7 +197,7 @@ def beyond_jobs(texts: Sequence[str]) -> Iterable[Job]:
     ):
         arguments = question(text, "passkey", length, "adms", "--depths", FEW_DEPTHS, *sizes(256))
         arguments += tuple(with_settings(words))
-        yield Job("beyond", (words or "default",), str(length), arguments, length / 5000)
+        yield Job("beyond", (words or "default",), str(length), arguments)
 
 
 TABLES: dict[str, Callable[[Sequence[str]], Iterable[Job]]] = {
@@ -206,70 +211,67 @@ TABLES: dict[str, Callable[[Sequence[str]], Iterable[Job]]] = {
 }
 
 
-@dataclass
-class Runner:
-    """Runs jobs as processes of their own, so many at a time, each on one of the devices."""
+def work(
+    waiting: "Queue[Job | None]",
+    ended: "Queue[tuple[Job, str, float]]",
+    asked: argparse.Namespace,
+    device: str,
+) -> None:
+    """One process: ``adms`` commands one after the other, the model loaded once for each dtype."""
+    import typer
 
-    output: Path
-    model: str
-    devices: list[str]
-    jobs: int
-    deadline: float
-    running: dict[str, tuple[subprocess.Popen[bytes], Job, float]] = field(default_factory=dict)
+    from adms.cli import app
+    from adms.evaluation import runner
 
-    def command(self, job: Job, device: str) -> list[str]:
-        """The process of a job; the folder is named so that the same job finds it again."""
-        own = ["--model", self.model, "--device", device, "--output", str(self.folder(job))]
-        return [sys.executable, "-m", "adms.cli", *job.arguments, *own]
-
-    def folder(self, job: Job) -> Path:
-        """Where a job's results are."""
-        return self.output / job.name
-
-    def is_done(self, job: Job) -> bool:
-        """Whether a job has been finished before."""
-        return (self.folder(job) / "summary.json").is_file()
-
-    def run(self, jobs: list[Job]) -> None:
-        """Runs what is not done; says how each ended."""
-        waiting = sorted((job for job in jobs if not self.is_done(job)), key=lambda job: job.weight)
-        free = [f"{index % len(self.devices)}:{index}" for index in range(self.jobs)]
-        try:
-            while (waiting or self.running) and time.monotonic() < self.deadline:
-                while free and waiting:
-                    self._start(waiting.pop(), free.pop())
-                free += self._finished()
-                time.sleep(0.2)
-        finally:
-            for process, job, _ in self.running.values():
-                process.kill()
-                print(f"stopped {job.name}", flush=True)
-        if waiting:
-            print(f"{len(waiting)} jobs were not begun", flush=True)
-
-    def _start(self, job: Job, slot: str) -> None:
-        device = self.devices[int(slot.split(":")[0])]
-        log = self.output / f"{job.name}.log"
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                self.command(job, device), stdout=out, stderr=subprocess.STDOUT, env=_environment()
-            )
-        self.running[slot] = process, job, time.monotonic()
-
-    def _finished(self) -> list[str]:
-        ended = [
-            slot for slot, (process, _, _) in self.running.items() if process.poll() is not None
-        ]
-        for slot in ended:
-            process, job, start = self.running.pop(slot)
-            took = time.monotonic() - start
-            print(f"{process.returncode} {took:6.1f} s  {job.name}", flush=True)
-        return ended
+    runner.load_model = functools.cache(runner.load_model)
+    while (job := waiting.get()) is not None:
+        start, said = time.monotonic(), "done"
+        own = ["--model", asked.model, "--device", device, "--output", str(asked.output / job.name)]
+        sys.argv = ["adms", *job.arguments]
+        with (
+            (asked.output / f"{job.name}.log").open("w") as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
+            try:
+                code = app([*job.arguments, *own], standalone_mode=False)
+            except (typer.Exit, SystemExit) as error:
+                code = getattr(error, "exit_code", getattr(error, "code", 1))
+            except Exception:  # of one job; the others go on, and the log says what it was
+                traceback.print_exc()
+                code = 1
+        if code:
+            said = f"failed ({code})"
+        ended.put((job, said, time.monotonic() - start))
 
 
-def _environment() -> dict[str, str]:
-    # Many processes on one machine: one thread each unless the user has said otherwise.
-    return {"OMP_NUM_THREADS": "1", **os.environ}
+def run(jobs: Sequence[Job], asked: argparse.Namespace) -> None:
+    """Runs what is not done yet, so many processes at a time, until the time is over."""
+    open_jobs = [job for job in jobs if not (asked.output / job.name / "summary.json").is_file()]
+    deadline = time.monotonic() + asked.limit
+    context = get_context("spawn")
+    waiting, ended = context.Queue(), context.Queue()
+    for job in open_jobs:
+        waiting.put(job)
+    devices = asked.devices.split(",")
+    processes = []
+    for index in range(min(asked.jobs, len(open_jobs))):
+        waiting.put(None)
+        device = devices[index % len(devices)]
+        processes.append(context.Process(target=work, args=(waiting, ended, asked, device)))
+        processes[-1].start()
+    left = len(open_jobs)
+    while left and time.monotonic() < deadline and any(one.is_alive() for one in processes):
+        with contextlib.suppress(queue.Empty):
+            job, said, seconds = ended.get(timeout=1)
+            left -= 1
+            print(f"{said} {seconds:6.1f} s  {job.name}", flush=True)
+    for process in processes:
+        if left:
+            process.kill()
+        process.join()
+    if left:
+        print(f"{left} jobs are not done", flush=True)
 
 
 @dataclass(frozen=True)
@@ -457,7 +459,8 @@ def write_report(jobs: list[Job], output: Path) -> str:
         own = [job for job in jobs if job.table == name]
         rows = shown(own, output)
         if rows:
-            commands = "\n".join(as_typed(job) for job in own)
+            done = [job for job in own if (output / job.name / "summary.json").is_file()]
+            commands = "\n".join(map(as_typed, done))
             table = markdown_table(rows)
             parts.append(f"## {name}\n\n{table}\n```\n{commands}\n```\n")
     text = "\n".join(parts)
@@ -475,6 +478,12 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--devices", default="auto", help="comma-separated")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[""],
+        help="run the jobs of these names (patterns), in this order",
+    )
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds")
     parser.add_argument("--list", action="store_true", help="print the commands")
     asked = parser.parse_args()
@@ -483,18 +492,16 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown table {unknown[0]!r}; expected some of {', '.join(TABLES)}")
     jobs = [job for name in names for job in TABLES[name](asked.texts)]
+    wanted = [
+        job for pattern in asked.only for job in jobs if re.search(pattern, job.name) is not None
+    ]
     if asked.list:
-        print("\n".join(map(as_typed, jobs)))
+        print("\n".join(map(as_typed, dict.fromkeys(wanted))))
         return
     asked.output.mkdir(parents=True, exist_ok=True)
-    runner = Runner(
-        asked.output,
-        asked.model,
-        asked.devices.split(","),
-        asked.jobs,
-        time.monotonic() + asked.limit,
-    )
-    runner.run(jobs)
+    # Many processes on one machine: one thread each unless the user has said otherwise.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    run(list(dict.fromkeys(wanted)), asked)
     print(write_report(jobs, asked.output))
 
 

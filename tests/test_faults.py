@@ -11,8 +11,10 @@ import torch
 
 import adms
 import adms.commit
+import adms.step
 from adms.compressors.low_rank import LowRankCoder
 from adms.layer import ADMSLayer
+from adms.steady import SteadyCommit
 from adms.tiers.coding import MiddleStack
 from adms.tiers.undo import Undo
 from adms.timeline import Timeline
@@ -79,7 +81,7 @@ ERRORS = [
     [
         (LowRankCoder, "fit", 1024, 1),
         (LowRankCoder, "decode", 1024, 1),
-        (ADMSLayer, "update", 1024, 1),
+        (adms.ADMSKVCache, "update", 1024, 1),
         # Layer by layer: the first one was through already.
         (LowRankCoder, "encode", 1, 1),
         (MiddleStack, "prepare", 1, 1),
@@ -153,6 +155,10 @@ OWN_FILES = (
     "adms/streaming.py",
     "adms/tiers/",
     "adms/positions.py",
+    "adms/places.py",
+    "adms/steady.py",
+    "adms/step.py",
+    "adms/step_buffers.py",
 )
 
 
@@ -184,9 +190,16 @@ class InterruptAt:
         return self._line
 
 
-def interrupts(model: Any, age: int, fresh: torch.Tensor, lines: Iterator[int]) -> int:
-    """Interrupts one call at each of ``lines``; how many fell into it."""
-    cache, _ = aged(model, age)
+def interrupts(
+    model: Any, age: int, fresh: torch.Tensor, lines: Iterator[int], singles: int = 0
+) -> int:
+    """Interrupts one call at each of ``lines``; how many fell into it.
+
+    The last ``singles`` tokens before it come one by one.
+    """
+    cache, _ = aged(model, age - singles)
+    for _ in range(singles):
+        run(model, text(1), cache)
     done = copy.deepcopy(cache)
     run(model, fresh, done)
     outcomes = {0: 0, fresh.shape[1]: 0}
@@ -213,6 +226,15 @@ def interrupts(model: Any, age: int, fresh: torch.Tensor, lines: Iterator[int]) 
 def test_an_interrupt_at_any_line(age: int, count: int) -> None:
     """Every 23rd line here; ``test_an_interrupt_at_every_line`` takes all."""
     assert interrupts(llama(), age, text(count, seed=5), iter(range(1, 100_000, 23))) > 5
+
+
+def test_an_interrupt_of_a_static_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adms.step, "STEADY_DEVICES", ("cpu",))
+    made, apply = [], SteadyCommit.apply
+    monkeypatch.setattr(SteadyCommit, "apply", lambda self: made.append(apply(self)))
+    lines = iter(range(1, 100_000, 29))
+    assert interrupts(llama(), 207, text(1, seed=5), lines, singles=7) > 20
+    assert made
 
 
 @pytest.mark.measured

@@ -16,6 +16,7 @@ from adms import session_file
 from adms.compressors import codebooks
 from adms.compressors.base import COMPRESSORS
 from adms.importance import METRICS
+from adms.patches.mpt import MptFamily
 from adms.session import load_session, save_session
 from tests.patches.tiny import NAMES, ids, tiny
 
@@ -108,6 +109,27 @@ def test_every_compressor(name: str, tmp_path: Path) -> None:
     cache = adms.enable_adms_llm(model, **CODED, compressor_type=name)
     run(model, text(300), cache)
     continues(model, cache, tmp_path / "a.adms", text(60, seed=1))
+
+
+def test_a_stream_keeps_the_sinks_that_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the number of sinks was left to the family, and its choice is another one by now."""
+    model = tiny("mpt")
+    sizes = {name: value for name, value in SMALL.items() if name != "start_size"}
+    with monkeypatch.context() as before:
+        before.setattr(MptFamily, "default_sinks", lambda self, config: None)
+        cache = adms.enable_adms_llm(model, **sizes)
+    run(model, ids(1, 70), cache)
+    assert cache.sizes.sink == 4
+    cache.save(tmp_path / "old.adms")
+    expected = run(model, ids(1, 40, seed=1), cache)
+    again = adms.ADMSKVCache.load(tmp_path / "old.adms", model=model)
+    assert again.sizes == cache.sizes
+    assert torch.equal(run(model, ids(1, 40, seed=1), again), expected)
+    again.save(tmp_path / "new.adms")
+    assert adms.ADMSKVCache.load(tmp_path / "new.adms", model=model).sizes == cache.sizes
+    assert adms.enable_adms_llm(model, **sizes).sizes.sink == 8
 
 
 @pytest.mark.parametrize("name", sorted(set(METRICS)))

@@ -21,7 +21,8 @@ from adms.cache import ADMSKVCache
 from adms.entries import Entries
 from adms.kernels.states import decodes_by_kernel
 from adms.layer import ADMSLayer
-from adms.positions import ForwardView, MiddleGeometry, MiddleView
+from adms.places import MiddleGeometry
+from adms.positions import ForwardView
 from adms.tiers.middle import MiddleTier
 
 
@@ -218,7 +219,7 @@ def _middle_parts(
     if entries is None:
         return []
     middle = view.middle(geometry)
-    known = middle.valid
+    known = view.middle_valid(geometry)
     if view.forgotten is not None:
         remembered = middle.tokens >= view.forgotten[:, None]
         known = remembered if known is None else known & remembered
@@ -243,7 +244,7 @@ def _middle_parts(
             layer.middle,
             totals,
         )
-        places = landmark_positions(tokens, middle, view)
+        places = view.places(geometry).landmarks(tokens)
         exact = _with_valid(marks, there, like.device)
         tables = scheme.tables(places, like, view.query_positions(geometry).to(like.device))
         parts.append(Part(exact, places, tables))
@@ -313,36 +314,6 @@ def _with_valid(entries: Entries, valid: torch.Tensor | None, device: torch.devi
     return Entries(
         entries.keys, entries.values, entries.log_weight, entries.positions, valid.to(device)
     )
-
-
-def landmark_positions(tokens: torch.Tensor, middle: MiddleView, view: ForwardView) -> torch.Tensor:
-    """Cache positions ``[B, L]`` of landmarks at text positions ``tokens``.
-
-    One whose code is still held takes the code's place. Older ones share the span set aside
-    between sinks and codes: evenly ("grid"), in proportion to the text ("mean"), or halfway.
-    """
-    device = tokens.device
-    sink = view.sizes.sink
-    first = middle.landmark_first.to(device)[:, None]
-    span = middle.landmark_span.to(device)[:, None]
-    scale = middle.scale.to(device)[:, None]
-    if view.text_positions:
-        return tokens.clamp(min=0).float()
-    among_codes = sink + span + (tokens - first) * scale
-    is_old = (tokens >= 0) & (tokens < first)
-    rank = torch.where(is_old, tokens, 2**40).argsort(1).argsort(1).float()
-    count = is_old.sum(1, keepdim=True).clamp(min=1)
-    by_grid = (rank + 0.5) / count
-    by_mean = (tokens - sink + 0.5) / (first - sink).clamp(min=1)
-    match view.anchor_mode:
-        case "grid":
-            place = by_grid
-        case "mean":
-            place = by_mean
-        case _:
-            place = (by_grid + by_mean) / 2
-    old = sink + place * span - 0.5 * (span > 0)
-    return torch.where(is_old, old, among_codes).clamp(min=0).float()
 
 
 def _bias(

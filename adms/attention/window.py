@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from adms.attention.chunk import applies, attend_chunk
 from adms.attention.grouped import grouped_attention
 from adms.attention.tiered import attend
 from adms.binding import PositionScheme
@@ -60,8 +61,11 @@ def attend_layer(
     if hasattr(layer, "attention"):
         # The trainer of gates puts layers of its own in place.
         return layer.attention(scheme, query, scaling, softcap)
-    attention: Any = attend_window if isinstance(layer, WindowLayer) else attend
-    return attention(cache, layer, scheme, query, scaling, dropout, softcap)
+    if isinstance(layer, WindowLayer):
+        return attend_window(cache, layer, scheme, query, scaling, dropout, softcap)
+    if softcap is None and not dropout and applies(cache, layer, scheme):
+        return attend_chunk(cache, layer, scheme, query, scaling)
+    return attend(cache, layer, scheme, query, scaling, dropout, softcap)
 
 
 def attend_window(

@@ -19,7 +19,8 @@ from adms.cli.memory import (
     parse_settings,
     status_line,
 )
-from adms.errors import ADMSError
+from adms.errors import ADMSError, ADMSValueError
+from adms.evaluation.console import user_errors
 from adms.evaluation.models import load_model
 from adms.session import load_session, save_session
 
@@ -56,11 +57,11 @@ def chat(
 ) -> None:
     """Chat with a model in bounded memory, for as long as you like."""
     console = Console(highlight=False)
-    try:
+    with user_errors():
         sampler = Sampler(temperature, top_p, seed)
         settings = parse_settings(set_ or [])
         if max_new_tokens < 1:
-            raise typer.BadParameter(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
+            raise ADMSValueError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
         with console.status("loading the model"):
             loaded, tokenizer = load_model(model, dtype=dtype, device=device)
             opened, continued = open_memory(loaded, session, settings)
@@ -70,9 +71,6 @@ def chat(
         if continued:
             console.print(f"[dim]continuing {session}[/dim]", soft_wrap=True)
         terminal.run()
-    except ADMSError as error:
-        typer.echo(f"adms chat: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 class Terminal:

@@ -1,5 +1,6 @@
 """``adms inspect``: what a cache holds of the text it has read."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,9 +10,10 @@ from rich.text import Text as Styled
 
 from adms.cli import options
 from adms.enable import enable_adms_llm
-from adms.evaluation.console import console, print_table, progress, user_errors
+from adms.evaluation.console import console, print_table, progress, show, user_errors
 from adms.evaluation.models import load_model
 from adms.evaluation.plots.tiers import plot_tiers
+from adms.evaluation.run_folder import markdown_table, write_run
 from adms.evaluation.settings import short_name
 from adms.evaluation.texts import collect_ids
 from adms.evaluation.tiers import FORGOTTEN, MIDDLE, RECENT, SINK, Span, landmarks, spans
@@ -28,9 +30,9 @@ def main(
     compressed_budget: options.CompressedBudget = options.DEFAULT_BUDGETS,
     recent_size: options.RecentSize = 256,
     parameters: options.Parameters = None,
-    picture: Annotated[
-        Path | None, typer.Option(help="Writes the picture of the tiers to this PNG.")
-    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for report, rows and picture.")] = Path(
+        "outputs/inspect"
+    ),
     dtype: options.Dtype = "float32",
     device: options.Device = "auto",
 ) -> None:
@@ -38,9 +40,11 @@ def main(
 
     S: sinks, exact. m: the compressed middle. R: the recent window, exact. Dots: forgotten.
 
+    The folder gets report.md, rows.csv and plots/tiers.png, the picture of the tiers over the text.
+
     Example:
 
-    - `adms inspect --tokens 4096 --picture tiers.png`
+    - `adms inspect --tokens 4096 --output outputs/tiers`
     """
     with user_errors():
         config = options.adms_config(start_size, compressed_budget, recent_size, parameters)
@@ -53,19 +57,31 @@ def main(
                 piece = ids[:, start : start + step]
                 loaded(piece, past_key_values=cache, logits_to_keep=1)
                 bar.update(piece.shape[1])
-        found = spans(cache)
-        show_spans(found, cache)
-        if picture is not None:
-            name = f"{short_name(model)} after {tokens:,} tokens of {short_name(text)}"
-            plot_tiers(picture, found, title=name)
-            console().print(f"written to {picture}", markup=False)
+        found, marked = spans(cache), landmarks(cache)
+        show_spans(found, marked, cache)
+        title = f"{short_name(model)} after {tokens:,} tokens of {short_name(text)}"
+        plot_tiers(output / "plots" / "tiers.png", found, title=title, landmarks=marked)
+        write_run(
+            output,
+            title,
+            {
+                "model": short_name(model),
+                "text": short_name(text),
+                "tokens": tokens,
+                "dtype": dtype,
+                "config": config.to_dict(),
+                "landmarks": marked,
+            },
+            [dataclasses.asdict(span) for span in found],
+            f"`{cache!r}`\n\n{markdown_table(table_rows(found), show)}\n"
+            f"{landmark_line(marked)}\n\n![tiers](plots/tiers.png)",
+        )
+        console().print(f"written to {output}: report.md, rows.csv, plots/", markup=False)
 
 
-def show_spans(found: list[Span], cache: Any) -> None:
-    """Prints the tiers as a bar over the text, and a table."""
-    out = console()
-    out.print(bar(found, max(20, out.width - 2)))
-    rows = [
+def table_rows(found: list[Span]) -> list[dict[str, Any]]:
+    """One row a tier."""
+    return [
         {
             "tier": span.tier,
             "from token": span.start,
@@ -76,10 +92,24 @@ def show_spans(found: list[Span], cache: Any) -> None:
         }
         for span in found
     ]
-    print_table("Where the text is", rows)
-    exact = landmarks(cache)
-    if exact:
-        out.print(f"  {exact} chosen tokens of each layer stay exact, forgotten stretches included")
+
+
+def landmark_line(marked: list[int]) -> str:
+    """What the landmarks are, in a sentence."""
+    if not marked:
+        return "No landmarks yet: the middle is exact."
+    return (
+        f"{len(marked)} landmarks of the middle are kept in a finer form, forgotten stretches "
+        "included."
+    )
+
+
+def show_spans(found: list[Span], marked: list[int], cache: Any) -> None:
+    """Prints the tiers as a bar over the text, and a table."""
+    out = console()
+    out.print(bar(found, max(20, out.width - 2)))
+    print_table("Where the text is", table_rows(found))
+    out.print(landmark_line(marked), markup=False)
     out.print(repr(cache), markup=False)
 
 

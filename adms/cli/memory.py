@@ -140,7 +140,7 @@ def describe_memory(cache: ADMSKVCache) -> list[tuple[str, str]]:
     if middle["tokens"]:
         text = f"{middle['tokens']:,} of at most {middle['capacity_tokens']:,} ({middle['form']})"
         if middle["landmarks"]:
-            text += f", {middle['landmarks']} landmarks kept exactly"
+            text += f", {middle['landmarks']} landmarks in a finer form"
         rows += [("middle", text), ("forgotten", f"{middle['forgotten_tokens']:,} tokens")]
     rows += [
         ("recent", f"{recent['tokens']:,} of {recent['capacity']:,} last tokens, exact"),

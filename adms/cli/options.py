@@ -12,7 +12,7 @@ from adms.evaluation.console import console, print_table
 from adms.evaluation.methods import DEFAULT_COMPARISON, method_names
 from adms.evaluation.models import SMOLLM2
 from adms.evaluation.processes import this_process
-from adms.evaluation.report import display, without_empty
+from adms.evaluation.report import display, title, without_empty
 from adms.evaluation.run_folder import Row, command_line
 from adms.evaluation.runner import run_evaluation
 from adms.evaluation.settings import Evaluation
@@ -150,7 +150,26 @@ def run_and_show(evaluation: Evaluation, output: Path, force: bool) -> list[Row]
     if this_process().is_main_process:
         for task in evaluation.tasks:
             rows = [row for row in summary if row["task"] == task]
-            shown = without_empty(display(rows, task))
-            print_table(f"{task}: {evaluation.model} on {evaluation.text}", shown)
+            shown = display(rows, task)
+            print_table(f"{task}: {title(evaluation)}", without_empty(terminal_rows(shown)))
+            for row in shown:
+                if row["note"]:
+                    console().print(f"  {row['method']}: {row['note']}", markup=False)
         console().print(f"written to {output}: report.md, rows.csv, plots/", markup=False)
     return summary
+
+
+def terminal_rows(rows: list[Row]) -> list[Row]:
+    """Rows in what eighty columns hold: MiB for bytes, and no sentences in narrow columns."""
+
+    def shown(name: str, value: Any) -> Any:
+        return f"{value / 2**20:,.1f}" if name.endswith(" bytes") and value else value
+
+    return [
+        {
+            name.replace(" bytes", " MiB"): shown(name, value)
+            for name, value in row.items()
+            if name != "note"
+        }
+        for row in rows
+    ]

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from adms.cache import ADMSKVCache
 from adms.cli.conversation import Detokenizer, Sampler
 from adms.cli.memory import Autosave, Rate, open_memory, parse_settings, status_line
-from adms.errors import ADMSError, ADMSValueError
+from adms.errors import ADMSValueError
+from adms.evaluation.console import user_errors
 from adms.evaluation.models import load_model
 
 # Characters read at a time, and at most this many are held back for a good place to cut.
@@ -49,7 +50,7 @@ def stream(
     """Stream text through a model and report its loss; then go on writing, if asked to."""
     # What is reported goes to standard error, so that generated text can be piped.
     console = Console(stderr=True, highlight=False)
-    try:
+    with user_errors():
         if generate < 0:
             raise ADMSValueError(f"--generate must be at least 0, got {generate}")
         sampler = Sampler(temperature, top_p, seed)
@@ -72,9 +73,6 @@ def stream(
         if generate and not stopped:
             write_on(run, tokenizer, sampler, generate, autosave)
         autosave.now(opened.cache)
-    except ADMSError as error:
-        typer.echo(f"adms stream: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 def open_text(source: str) -> TextIO:

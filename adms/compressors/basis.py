@@ -24,20 +24,30 @@ SHARED_VALUE_SHARE = 0.9
 # Steps of the gain per doubling.
 GAIN_STEPS = 8
 GAIN_ZERO = 128
+# Steps per doubling in which channels are put in the order of their deviation.
+ORDER_STEPS = 8
 # Largest deviation that float16 keeps.
 HALF_LIMIT = 6.0e4
 
 
-def split_gain(channels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Channels ``[B, N, C]`` of a size of one, and the byte ``[B, N, 1]`` that says what it was."""
-    power = channels.square().mean(2, keepdim=True).sqrt().clamp(min=1e-6)
+def split_gain(channels: torch.Tensor, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Channels ``[B, N, S * C]`` of a size of one in each block, and bytes ``[B, N, S]`` for that.
+
+    Args:
+        channels: block by block.
+        blocks: how many (``S``).
+    """
+    own = channels.unflatten(2, (blocks, -1))
+    power = own.square().mean(3, keepdim=True).sqrt().clamp(min=1e-6)
     step = (power.log2() * GAIN_STEPS).round().clamp(-GAIN_ZERO, 255 - GAIN_ZERO)
-    return channels / torch.exp2(step / GAIN_STEPS), (step + GAIN_ZERO).to(torch.uint8)
+    gain = (step[..., 0] + GAIN_ZERO).to(torch.uint8)
+    return (own / torch.exp2(step / GAIN_STEPS)).flatten(2), gain
 
 
 def with_gain(channels: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
     """The inverse of ``split_gain``."""
-    return channels * torch.exp2((gain.float() - GAIN_ZERO) / GAIN_STEPS)
+    factor = torch.exp2((gain.float() - GAIN_ZERO) / GAIN_STEPS)
+    return (channels.unflatten(2, (gain.shape[2], -1)) * factor[..., None]).flatten(2)
 
 
 class Basis(ABC):
@@ -45,10 +55,12 @@ class Basis(ABC):
 
     Attributes:
         layout: dtypes and extents of the header's parts.
+        blocks: blocks of heads (``S``).
         channels: coded channels (``S * C``).
     """
 
     layout: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
+    blocks: int = 1
     channels: int
 
     @abstractmethod
@@ -82,7 +94,7 @@ class Basis(ABC):
 
         Args:
             parts: of the header, a row each.
-            gain_start: the gain's byte.
+            gain_start: the byte of the first block's gain; those of the others follow.
         """
 
 
@@ -130,7 +142,7 @@ class FittedBasis(Basis):
     def projection(self, parts: list[torch.Tensor], gain_start: int) -> Projection:
         """The basis as it is stored."""
         mean, basis, scale, deviation = (part[:, None] for part in parts)
-        return Projection(basis, scale, deviation, mean, gain_start, 0)
+        return Projection(basis, scale, deviation, mean, gain_start, 1)
 
 
 class SharedBasis(Basis):
@@ -172,7 +184,9 @@ class SharedBasis(Basis):
 
     def _part(self, name: str, device: torch.device) -> torch.Tensor | None:
         """One tensor of all layers ``[L, S, ...]``; a copy where they are several."""
-        parts = [one.on(device).get(f"{self.name}_{name}") for one in self.calibrations]
+        parts = [
+            one.on(device, self.blocks).get(f"{self.name}_{name}") for one in self.calibrations
+        ]
         found = [part for part in parts if part is not None]
         if not found:
             return None
@@ -196,7 +210,11 @@ class SharedBasis(Basis):
         """Mean, which channels of each block, their deviations."""
         mean = states.mean(0).half()
         deviation = _deviation(self._every_channel((states - mean.float())[None])[0])
-        order = deviation.float().argsort(dim=1, descending=True, stable=True)
+        # In steps, and within one in the order of the basis: what differs by rounding alone (on
+        # another device, on ranks that share the heads) should be grouped alike, or all codes would
+        # differ.
+        step = (deviation.float().log2() * ORDER_STEPS).round()
+        order = step.argsort(dim=1, descending=True, stable=True)
         order = order[:, : self.channels // self.blocks]
         return mean, order.flatten().to(torch.int16), deviation.gather(1, order).flatten()
 
@@ -241,20 +259,12 @@ class SharedBasis(Basis):
     def projection(self, parts: list[torch.Tensor], gain_start: int) -> Projection:
         """Each row's choice of the shared directions."""
         mean, order, deviation = (part.unflatten(1, (self.blocks, -1)) for part in parts)
-        if len(self.calibrations) > 1:
-            raise RuntimeError("kernels read one layer at a time")
-        tensors = self.calibrations[0].on(mean.device)
-        weight = tensors.get(f"{self.name}_weight")
-        return Projection(
-            tensors[f"{self.name}_basis"][None],
-            tensors[f"{self.name}_scale"][None],
-            deviation,
-            mean,
-            gain_start,
-            0,
-            rows=order,
-            weight=None if weight is None else weight[None],
-        )
+        device = mean.device
+        basis, scale = self._part("basis", device), self._part("scale", device)
+        if basis is None or scale is None:
+            raise RuntimeError("a calibration without a basis")
+        weight = self._part("weight", device)
+        return Projection(basis, scale, deviation, mean, gain_start, 1, rows=order, weight=weight)
 
 
 def _deviation(channels: torch.Tensor) -> torch.Tensor:

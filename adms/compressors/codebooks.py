@@ -11,6 +11,8 @@ from importlib.resources import as_file, files
 import torch
 from safetensors.torch import load_file
 
+from adms.kernels.choice import is_fused
+
 GROUP = 8
 WORDS = 256
 # First words that are tried, and stages over which they are judged.
@@ -39,7 +41,7 @@ def codebooks_on(device: torch.device, dtype: torch.dtype = torch.float32) -> to
 
 
 @lru_cache(maxsize=8)
-def _half_norms_on(device: torch.device) -> torch.Tensor:
+def half_norms_on(device: torch.device) -> torch.Tensor:
     """Half the squared lengths of all codewords on a device, negative: ``[stages, 256]``."""
     return -0.5 * shipped()[0].square().sum(-1).to(device)
 
@@ -72,7 +74,19 @@ def assign(vectors: torch.Tensor, kept: torch.Tensor, most: torch.Tensor) -> tor
     Returns:
         ``[B, stages, G, N]`` uint8, zeros where a stage is not asked for.
     """
-    books, halves = codebooks_on(vectors.device), _half_norms_on(vectors.device)
+    if is_fused(vectors.device):
+        from adms.kernels.codewords_triton import fused_assign
+
+        return fused_assign(vectors, kept, most)
+    return plain_assign(vectors, kept, most)
+
+
+def plain_assign(vectors: torch.Tensor, kept: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
+    """``assign`` in plain PyTorch, the twin of the fused form.
+
+    On a device it searches the words of all stages, also where they are not asked for.
+    """
+    books, halves = codebooks_on(vectors.device), half_norms_on(vectors.device)
     rows, groups, count = vectors.shape[:3]
     residual = vectors.clone(memory_format=torch.contiguous_format).flatten(0, 1)
     kept, most = kept.flatten(), most.flatten()
@@ -89,7 +103,7 @@ def assign(vectors: torch.Tensor, kept: torch.Tensor, most: torch.Tensor) -> tor
 
 def _first_words(vectors: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """``[R, N, 8]`` and ``[R]`` stages that count -> ``[R, N]``."""
-    books, halves = codebooks_on(vectors.device), _half_norms_on(vectors.device)
+    books, halves = codebooks_on(vectors.device), half_norms_on(vectors.device)
     several = _asked(kept > 1)
     tried = vectors[several]
     starts = _search(tried, books[0], STARTS, halves[0])

@@ -7,12 +7,17 @@ the bytes of a token where they remove most error, which is water-filling in ste
 order every prefix of a code is a coarser code, and old tokens keep only a prefix. A gain per token
 (one byte for keys, one for values) adapts to tokens larger than the rest.
 
+Each block of heads that share a basis has as many bytes as any other, and gains and an allocation
+of its own: its code is the same wherever the other blocks are, on other devices say. Bytes of
+blocks alternate, so that a prefix has as many of each.
+
 What a code leaves out of a key makes the scores of coded tokens too even: on average over queries,
 ``exp(q k)`` is ``exp(q c)`` of the code ``c`` times ``exp`` of half the variance of ``q (k - c)``.
 Each head's mean of that half is the log-weight of its coded entries.
 
 Shapes: ``B`` rows, ``K`` KV heads, ``N`` tokens, ``J`` channels over all heads (``K * D`` of keys,
-``K * E`` of values), ``C`` coded channels, ``G = C / 8`` groups, ``T`` bytes of a token.
+``K * E`` of values), ``S`` blocks, ``C`` coded channels, ``G = C / 8`` groups, ``T`` bytes of a
+token.
 """
 
 import copy
@@ -48,7 +53,8 @@ COARSE_CODE = 0.5
 COARSE_SHARE = 0.5
 # Weight of a value's relative error against a key's; measured (docs/middle-tier.md).
 VALUE_WEIGHT = 0.3
-GAIN_BYTES = 2
+# Gains of a block, a byte each.
+BLOCK_GAINS = 2
 # The lengths of a token's code, as the header's log-weights come.
 FORMS = ("cut", "whole", "fine")
 # Tokens on which the errors of codes are measured, and the largest log-weight: of errors beyond it
@@ -76,13 +82,18 @@ class LowRankCoder(Coder):
         self.dtype = context.dtype
         self.fit_tokens = config.svd_max_tokens
         bits = CODE_BITS if code_bits is None else code_bits
-        self.code_bytes = max(2, round(shape.num_elements * bits / 8))
         self.keys = basis_for("key", context, shape.key_dim, config.rank)
         self.values = basis_for("value", context, shape.value_dim, config.rank)
-        self.record_bytes = GAIN_BYTES + self.code_bytes
+        # Keys and values are divided into the same blocks of heads.
+        self.blocks = blocks = self.keys.blocks
+        elements = shape.num_elements // blocks
+        code_bytes = max(2, round(elements * bits / 8))
         # The allocation goes on beyond a record's end.
-        self.most_codes = max(self.code_bytes, round(shape.num_elements * FINE_BITS / 8))
-        self.fine_bytes = GAIN_BYTES + self.most_codes
+        most_codes = max(code_bytes, round(elements * FINE_BITS / 8))
+        self.gain_bytes = BLOCK_GAINS * blocks
+        self.code_bytes, self.most_codes = blocks * code_bytes, blocks * most_codes
+        self.record_bytes = self.gain_bytes + self.code_bytes
+        self.fine_bytes = self.gain_bytes + self.most_codes
         self.layout = (
             *self.keys.layout,
             *self.values.layout,
@@ -94,7 +105,7 @@ class LowRankCoder(Coder):
             dtype.itemsize * torch.Size(extents).numel() for dtype, extents in self.layout
         )
         # The share of the bytes that old, cut records take; see ``Auto``.
-        self.coarse_bytes = GAIN_BYTES + max(1, round(self.code_bytes * COARSE_CODE))
+        self.coarse_bytes = self.gain_bytes + blocks * max(1, round(code_bytes * COARSE_CODE))
         left = max(0, nbytes - self.header_bytes)
         self.num_coarse = int(left * coarse_share) // self.coarse_bytes
         self.num_records = (left - self.num_coarse * self.coarse_bytes) // self.record_bytes
@@ -150,22 +161,38 @@ class LowRankCoder(Coder):
     def _allocate(
         self, key_deviation: torch.Tensor, value_deviation: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Groups and stages ``[T]`` of a token's bytes, the most useful first."""
-        key_power, value_power = key_deviation.float().square(), value_deviation.float().square()
-        key_power = key_power / key_power.sum().clamp(min=1e-12)
-        value_power = VALUE_WEIGHT * value_power / value_power.sum().clamp(min=1e-12)
-        power = torch.cat([key_power, value_power]).view(-1, GROUP).sum(1)
+        """Groups and stages ``[T]`` of a token's bytes, the most useful of each block first.
+
+        Args:
+            key_deviation: of the coded channels, block by block.
+            value_deviation: the same of values.
+        """
+        key_power, value_power = (
+            part.float().square().view(self.blocks, -1) for part in (key_deviation, value_deviation)
+        )
+        key_power = key_power / key_power.sum(1, keepdim=True).clamp(min=1e-12)
+        value_sum = value_power.sum(1, keepdim=True).clamp(min=1e-12)
+        value_power = VALUE_WEIGHT * value_power / value_sum
+        power = torch.cat([key_power, value_power], dim=1).unflatten(1, (-1, GROUP)).sum(2)
         errors = torch.tensor(shipped()[1], device=power.device)
         saved = errors[:-1] - errors[1:]
-        benefit = power[:, None] * saved
+        benefit = power[:, None] * saved[:, None]
         # Stages of a group save less and less, so sorting keeps them in order; ties are broken
         # towards earlier stages by a stable sort over stage-major order.
-        order = benefit.T.flatten().argsort(descending=True, stable=True)[: self.most_codes]
-        groups = power.shape[0]
-        missing = self.most_codes - len(order)
-        group = torch.nn.functional.pad(order % groups, (0, missing), value=0)
-        stage = torch.nn.functional.pad(order // groups, (0, missing), value=255)
-        return group.to(torch.int16), stage.to(torch.uint8)
+        most = self.most_codes // self.blocks
+        order = benefit.flatten(1).argsort(dim=1, descending=True, stable=True)[:, :most]
+        groups = power.shape[1]
+        # All groups of keys come before those of values.
+        of_keys, of_values = (
+            torch.arange(part.channels // GROUP, device=power.device).view(self.blocks, -1)
+            for part in (self.keys, self.values)
+        )
+        index = torch.cat([of_keys, of_values + of_keys.numel()], dim=1)
+        group, stage = index.gather(1, order % groups), order // groups
+        missing = (0, most - order.shape[1])
+        group = torch.nn.functional.pad(group, missing, value=0)
+        stage = torch.nn.functional.pad(stage, missing, value=255)
+        return group.T.flatten().to(torch.int16), stage.T.flatten().to(torch.uint8)
 
     def _read(
         self, header: torch.Tensor
@@ -180,11 +207,13 @@ class LowRankCoder(Coder):
     def encode(
         self, header: torch.Tensor, entries: Entries, queries: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Bytes ``[B, N, 2 + T]``: two gains, then all codes in the order of the allocation."""
+        """Bytes ``[B, N, 2 S + T]``: gains, then all codes in the order of the allocation."""
         for_keys, for_values, group, stage = self._read(header)
-        key_channels, key_gain = split_gain(self.keys.analyse(for_keys, _flatten(entries.keys)))
+        key_channels, key_gain = split_gain(
+            self.keys.analyse(for_keys, _flatten(entries.keys)), self.blocks
+        )
         value_channels, value_gain = split_gain(
-            self.values.analyse(for_values, _flatten(entries.values))
+            self.values.analyse(for_values, _flatten(entries.values)), self.blocks
         )
         channels = torch.cat([key_channels, value_channels], dim=2).unflatten(2, (-1, GROUP))
         count, groups = channels.shape[1:3]
@@ -199,11 +228,12 @@ class LowRankCoder(Coder):
     def decode(self, header: torch.Tensor, records: torch.Tensor) -> Entries:
         """Keys and values in the model's dtype."""
         for_keys, for_values, group, stage = self._read(header)
-        channels = self._channels(records[..., GAIN_BYTES:].long(), group, stage)
-        split = self.keys.channels
-        keys = self.keys.synthesise(for_keys, with_gain(channels[..., :split], records[..., :1]))
+        gains, codes = records[..., : self.gain_bytes], records[..., self.gain_bytes :]
+        channels = self._channels(codes.long(), group, stage)
+        split, blocks = self.keys.channels, self.blocks
+        keys = self.keys.synthesise(for_keys, with_gain(channels[..., :split], gains[..., :blocks]))
         values = self.values.synthesise(
-            for_values, with_gain(channels[..., split:], records[..., 1:2])
+            for_values, with_gain(channels[..., split:], gains[..., blocks:])
         )
         heads = self.shape.num_heads
         weight = self.log_weight(header, records.shape[2])
@@ -218,15 +248,15 @@ class LowRankCoder(Coder):
         parts = views(header, *self.layout)
         split = len(self.keys.layout)
         for_keys = self.keys.projection(parts[:split], 0)
-        for_values = self.values.projection(parts[split:-3], 1)
+        for_values = self.values.projection(parts[split:-3], self.blocks)
         group, stage = parts[-2].long(), parts[-1].long()
         stages, groups = len(shipped()[0]), (self.keys.channels + self.values.channels) // GROUP
         # A record holds the first codes of the allocation.
-        held = record_bytes - GAIN_BYTES
+        held = record_bytes - self.gain_bytes
         group, stage = group[:, :held], stage[:, :held]
         # The allocation's padding goes to a place behind all others, which is dropped.
         index = torch.where(stage < stages, stage * groups + group, stages * groups)
-        at = torch.arange(GAIN_BYTES, record_bytes, dtype=torch.int32, device=header.device)
+        at = torch.arange(self.gain_bytes, record_bytes, dtype=torch.int32, device=header.device)
         offsets = torch.full(
             (len(header), stages * groups + 1), -1, dtype=torch.int32, device=header.device
         )

@@ -5,11 +5,12 @@ of heads, ``J`` elements of a block.
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import torch
 
-from adms.compressors.codebooks import GROUP
+from adms.compressors.codebooks import GROUP, WORDS
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Projection:
 
     Attributes:
         basis: ``[R, blocks, M, J]`` directions before scaling, integers or floats; heads are split
-            evenly over the blocks.
+            evenly over the blocks. Where rows of several layers lie one layer after the other,
+            ``[L, blocks, M, J]``, as ``scale`` and ``weight``.
         scale: ``[R, blocks, M]`` what each is multiplied with.
         deviation: ``[R, blocks, C]`` of the coded channels.
         mean: ``[R, blocks, J]``.
@@ -73,6 +75,29 @@ class Projection:
         )
 
 
+# Of a code in ``Bags``, the ends of groups not counted.
+BAG_BYTES = 6
+
+
+@dataclass(frozen=True)
+class Bags:
+    """Which bytes of a row's records are summed to which group, the groups in their order.
+
+    Attributes:
+        places: ``[T]`` int32 the byte.
+        words: ``[T]`` int16 the number of its stage's first codeword among those of all stages.
+        ends: ``[groups]`` int32 how many bytes a group and those before it have.
+    """
+
+    places: torch.Tensor
+    words: torch.Tensor
+    ends: torch.Tensor
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them."""
+        return [self.places, self.words, self.ends]
+
+
 @dataclass(frozen=True)
 class CodeTables:
     """How records of one coder are read.
@@ -103,6 +128,22 @@ class CodeTables:
     def coded(self) -> torch.Tensor:
         """Which groups have a code in which stage: ``[R, stages, groups]``."""
         return (self.offsets >= 0) & (self.offsets < self.record_bytes)
+
+    @functools.cached_property
+    def bags(self) -> tuple[Bags, ...]:
+        """One for each row of ``offsets``; asks the device."""
+        found = []
+        for offsets, coded in zip(self.offsets, self.coded(), strict=True):
+            group, stage = coded.T.nonzero().unbind(1)
+            words = (stage * WORDS).to(torch.int16)
+            ends = coded.sum(0).cumsum(0).to(torch.int32)
+            found.append(Bags(offsets.T[group, stage], words, ends))
+        return tuple(found)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What was made of headers, and is no view of them."""
+        bags = self.__dict__.get("bags", ())
+        return [self.offsets, *(part for bag in bags for part in bag.tensors())]
 
     def trimmed(self) -> "CodeTables":
         """Without the last groups of blocks that no record has a code for; asks the device."""

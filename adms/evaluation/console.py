@@ -80,6 +80,8 @@ def _calm_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    # Every retry would be a line; that a hub cannot be reached is said once, by our own error.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     # A library's notice to its developers says nothing to the reader of a table.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

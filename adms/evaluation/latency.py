@@ -10,7 +10,7 @@ import dataclasses
 import gc
 import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -153,6 +153,27 @@ def token_times(
     return [1e3 * float(step) for step in np.diff(clock.times)], first_s
 
 
+@torch.no_grad()
+def step_times(
+    model: PreTrainedModel, cache: Any, rows: int, tokens: int
+) -> tuple[list[float], float]:
+    """The same of a loop over ``model(token, past_key_values=cache)``."""
+    token = torch.full((rows, 1), 5, device=model.device)
+    times: list[float] = []
+    first_s = 0.0
+    for index in range(FIRST_TOKENS + tokens):
+        settle(model.device)
+        start = time.perf_counter()
+        model(token, past_key_values=cache)
+        settle(model.device)
+        took = time.perf_counter() - start
+        if index < FIRST_TOKENS:
+            first_s += took
+        else:
+            times.append(1e3 * took)
+    return times, first_s
+
+
 def fill_tensors(model: PreTrainedModel, cache: Any, rows: int, position: int) -> None:
     """Random keys and values of ``position`` tokens in a cache of transformers."""
     config = model.config
@@ -166,15 +187,26 @@ def fill_tensors(model: PreTrainedModel, cache: Any, rows: int, position: int) -
 
 
 @torch.no_grad()
-def fill_bounded(model: PreTrainedModel, cache: ADMSKVCache, rows: int, position: int) -> float:
+def fill_bounded(
+    model: PreTrainedModel,
+    cache: ADMSKVCache,
+    rows: int,
+    position: int,
+    text: torch.Tensor | None = None,
+) -> float:
     """Reads as much as fills the exact tiers and starts coding, then advances the counts.
+
+    ``text`` ``[1, N]`` is read, over and over; None: random tokens.
 
     Returns:
         Tokens a second while reading.
     """
     sizes = cache.sizes
     reading = min(position, sizes.sink + sizes.ring + sizes.budget + 2 * sizes.chunk)
-    ids = torch.randint(3, 90, (rows, reading), device=model.device)
+    if text is None:
+        ids = torch.randint(3, 90, (rows, reading), device=model.device)
+    else:
+        ids = text.repeat(rows, -(-reading // text.shape[1]))[:, :reading].to(model.device)
     settle(model.device)
     start = time.perf_counter()
     model(ids, past_key_values=cache, logits_to_keep=1)
@@ -216,12 +248,14 @@ def open_cache(
     tokens: int,
     kernel: Kernel = "auto",
     random_code: bool = False,
+    slots: int | None = None,
 ) -> Any:
     """An empty cache of a method, with room for what will be timed.
 
     ``random_code`` gives the model random directions for its code, for good; for random models.
+    ``slots`` are those of a static cache; None: as many as will be used.
     """
-    total = position + tokens + FIRST_TOKENS + 4
+    total = slots or position + spare_tokens(tokens)
     match method:
         case "full":
             return DynamicCache(config=model.config)
@@ -237,6 +271,11 @@ def open_cache(
     if random_code and calibration is not None and not calibration.is_fitted:
         random_calibration(calibration, model.device)
     return cache
+
+
+def spare_tokens(tokens: int) -> int:
+    """Tokens that timing ``tokens`` of them adds to a cache."""
+    return tokens + FIRST_TOKENS + 4
 
 
 def obstacle(method: str) -> str | None:
@@ -256,6 +295,7 @@ def measure(
     tokens: int,
     kernel: Kernel = "auto",
     random_code: bool = False,
+    slots: int | None = None,
 ) -> Row:
     """One row of the benchmark: a cache at a position of the stream.
 
@@ -270,7 +310,7 @@ def measure(
     if reason is not None:
         return {**row, "note": reason}
     release(device)
-    cache = open_cache(model, method, config, position, tokens, kernel, random_code)
+    cache = open_cache(model, method, config, position, tokens, kernel, random_code, slots)
     reading: float | None = None
     try:
         if isinstance(cache, ADMSKVCache):
@@ -282,18 +322,22 @@ def measure(
         times, first_s = token_times(model, cache, batch, tokens)
     except torch.OutOfMemoryError as error:
         return {**row, "note": str(error).split(".")[0]}
+    return row | times_row(cache, times, first_s, batch) | {"read_tokens_per_s": reading}
+
+
+def times_row(cache: Any, times: list[float], first_s: float | None, batch: int) -> Row:
+    """What was measured of a cache: see ``measure``."""
     median = float(np.median(times))
-    row |= {
+    row: Row = {
         "token_ms_median": median,
         "token_ms_mean": float(np.mean(times)),
         "token_ms_p99": float(np.quantile(times, 0.99)),
         "tokens_per_s": 1e3 * batch / float(np.mean(times)),
         "commit_ms": float(max(times)) - median,
         "first_call_s": first_s,
-        "read_tokens_per_s": reading,
         "cache_bytes": cache_bytes(cache),
         "device_peak_bytes": (
-            torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+            torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         ),
     }
     if isinstance(cache, ADMSKVCache):
@@ -306,6 +350,7 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def measure_all(
@@ -318,18 +363,16 @@ def measure_all(
     tokens: int,
     kernel: Kernel = "auto",
     random_code: bool = False,
-    on_row: Callable[[Row], None] | None = None,
-) -> list[Row]:
+) -> Iterator[Row]:
     """Every method at every position (batch of the first) and every batch (at the first position).
 
     A cache that grows is measured up to the longest position that fits.
     """
     cases = [(batches[0], position) for position in positions]
     cases += [(batch, positions[0]) for batch in batches[1:]]
-    rows = []
     for method in methods:
         for batch, position in cases:
-            row = measure(
+            yield measure(
                 model,
                 method,
                 config,
@@ -339,7 +382,3 @@ def measure_all(
                 kernel=kernel,
                 random_code=random_code,
             )
-            rows.append(row)
-            if on_row is not None:
-                on_row(row)
-    return rows

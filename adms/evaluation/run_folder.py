@@ -106,8 +106,50 @@ def command_line() -> str:
         name = program.parent.parent.name
     elif name.endswith(".py"):
         package = "adms" in program.parts and program.parent.name == "evaluation"
-        name = f"python -m adms.evaluation.{program.stem}" if package else f"python {name}"
+        words = f"-m adms.evaluation.{program.stem}" if package else _typed(program)
+        name = f"python {words}"
     return " ".join([name, *map(shlex.quote, sys.argv[1:])])
+
+
+def _typed(script: Path) -> str:
+    """A script's path as one types it in the folder one is in; its name alone from elsewhere."""
+    try:
+        return script.resolve().relative_to(Path.cwd()).as_posix()
+    except ValueError:
+        return script.name
+
+
+def write_run(
+    path: str | os.PathLike[str], title: str, config: dict[str, Any], rows: Sequence[Row], body: str
+) -> str:
+    """Writes the folder of a run that is measured in one go.
+
+    Args:
+        path: the folder; files of an earlier run in it are replaced.
+        title: the report's heading.
+        config: everything that decides the results.
+        rows: the figures as they were measured, for ``rows.csv``.
+        body: Markdown of the report: tables as people read them, and pictures.
+
+    Returns:
+        The report: heading, body, and the command that made it.
+
+    Raises:
+        ADMSValueError: the folder cannot be written.
+    """
+    folder = Path(path)
+    report = f"# {title}\n\n{body.strip()}\n\n    {command_line()}\n"
+    try:
+        write_atomic(folder / "config.json", json.dumps(config, indent=2, default=str) + "\n")
+        write_json(folder / "environment.json", environment())
+        write_atomic(folder / "rows.csv", csv_text(rows))
+        # Last: its presence says that the run is complete.
+        write_atomic(folder / "report.md", report)
+    except OSError as error:
+        raise ADMSValueError(
+            f"cannot write results to {str(folder)!r}: {error.strerror}; use another folder"
+        ) from error
+    return report
 
 
 class RunFolder:

@@ -5,6 +5,7 @@ from typing import Any
 
 from adms.cache import ADMSKVCache
 from adms.errors import ADMSValueError
+from adms.layer import ADMSLayer
 
 SINK, MIDDLE, FORGOTTEN, RECENT = "sink", "middle", "forgotten", "recent"
 
@@ -27,15 +28,30 @@ class Span:
         return self.stop - self.start
 
 
-def landmarks(cache: ADMSKVCache) -> int:
-    """Chosen tokens that each layer keeps exactly, wherever in the text they stand."""
-    return int(cache.summary().get("middle", {}).get("landmarks", 0))
+def landmarks(cache: ADMSKVCache) -> list[int]:
+    """Tokens of the text that the first layer with landmarks keeps in a fine form, in order.
+
+    By default all layers keep the same. Of a batch, the row that has seen most.
+    """
+    timeline = cache.timeline
+    if timeline is None:
+        return []
+    totals = [timeline.middle_tokens(row) for row in range(timeline.batch_size)]
+    row = max(range(timeline.batch_size), key=lambda index: timeline.seen[index])
+    for layer in cache.layers:
+        middle = layer.middle if isinstance(layer, ADMSLayer) else None
+        if middle is not None and middle.plan.store is not None:
+            if not middle.plan.geometry.is_coded(totals[row]):
+                return []
+            places = middle.landmarks(totals)[1][row].flatten().tolist()
+            return sorted({place for place in places if place >= 0})
+    return []
 
 
 def spans(cache: ADMSKVCache) -> list[Span]:
     """The tiers of a cache over the text, in the order of the text.
 
-    Single tokens that are kept exactly beyond the middle's reach are not spans: see ``landmarks``.
+    Single tokens that are kept beyond the middle's reach are not spans: see ``landmarks``.
 
     Raises:
         ADMSValueError: the cache has seen nothing yet.

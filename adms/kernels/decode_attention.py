@@ -4,11 +4,12 @@ Shapes: ``B`` rows, ``R`` rows or 1 where all agree, ``H`` query heads, ``K`` KV
 ``G = H / K``, ``N`` entries, ``D`` head size, ``C`` coded channels of a block of heads.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
 
+from adms.compressors.tables import Projection
+from adms.entries import all_finite
 from adms.kernels.parts import CodedPart, ExactPart, channels_of, gains_of, restore
 
 
@@ -67,15 +68,18 @@ def plain_decode_attention(
             bias = part.log_weight[:, :, None].to(dtype)
             score = torch.where(part.valid[:, None, None], score + bias, -torch.inf)
         scores.append(score)
-        # What is not read may be anything, and nothing times NaN is NaN.
-        values = part.values.to(dtype).masked_fill(~part.valid[:, None, :, None], 0)
+        values = part.values.to(dtype)
+        if not part.is_finite:
+            # What is not read may be anything, and nothing times NaN is NaN.
+            values = values.masked_fill(~part.valid[:, None, :, None], 0)
         sums.append((values, None))
-    for given in coded:
-        coded_part = dataclasses.replace(given, tables=given.tables.trimmed())
+    known = _Directions(dtype, coded)
+    for coded_part in coded:
         split = coded_part.tables.keys.blocks * coded_part.tables.keys.channels
         channels = channels_of(coded_part).to(dtype)
         gain = gains_of(coded_part, coded_part.tables.keys)
-        keys = restore(coded_part.tables.keys, channels[:, :, :split], gain, kv_heads)
+        side = coded_part.tables.keys
+        keys = restore(side, channels[:, :, :split], gain, kv_heads, known.of(side))
         score = _scores(grouped, keys, coded_part, coded_part.visible())
         log_weight = coded_part.tables.log_weight
         if log_weight is not None:
@@ -88,8 +92,34 @@ def plain_decode_attention(
     for score, (values, source) in zip(scores, sums, strict=True):
         own = weights[..., start : start + score.shape[3]]
         start += score.shape[3]
-        total = total + (own @ values if source is None else _sum_codes(own, values, source))
+        summed = own @ values if source is None else _sum_codes(own, values, source, known)
+        total = total + summed
     return total.flatten(1, 2).to(query.dtype)
+
+
+class _Directions:
+    """The directions of coded parts: made once for parts with one header.
+
+    Args:
+        dtype: in which they are wanted.
+        parts: of which some may have more channels of the same than others.
+    """
+
+    def __init__(self, dtype: torch.dtype, parts: Sequence[CodedPart]) -> None:
+        self.dtype = dtype
+        self.most: dict[int, Projection] = {}
+        self.made: dict[int, torch.Tensor] = {}
+        for part in parts:
+            for side in (part.tables.keys, part.tables.values):
+                most = self.most.get(id(side.mean), side)
+                self.most[id(side.mean)] = side if side.channels >= most.channels else most
+
+    def of(self, side: Projection) -> torch.Tensor:
+        """``[R, blocks, C, J]`` of a side of one of the parts."""
+        key = id(side.mean)
+        if key not in self.made:
+            self.made[key] = self.most[key].directions(self.dtype)
+        return self.made[key][:, :, : side.channels]
 
 
 def _scores(
@@ -101,7 +131,9 @@ def _scores(
     return (grouped @ turned.transpose(2, 3)).masked_fill(~shown[:, None, None], -torch.inf)
 
 
-def _sum_codes(weights: torch.Tensor, channels: torch.Tensor, part: CodedPart) -> torch.Tensor:
+def _sum_codes(
+    weights: torch.Tensor, channels: torch.Tensor, part: CodedPart, known: _Directions
+) -> torch.Tensor:
     """Values ``[B, K, G, D]``: channels ``[B, N, blocks * C]`` are summed, then projected once."""
     side = part.tables.values
     kv_heads = weights.shape[1]
@@ -111,7 +143,7 @@ def _sum_codes(weights: torch.Tensor, channels: torch.Tensor, part: CodedPart) -
     weighted = joined * gains_of(part, side).transpose(1, 2)[:, :, None].to(weights.dtype)
     summed = weighted @ channels.unflatten(2, (side.blocks, side.channels)).transpose(1, 2)
     summed = summed.unflatten(2, (share, -1))
-    basis = side.directions(weights.dtype).unflatten(3, (share, -1)).transpose(2, 3)
+    basis = known.of(side).unflatten(3, (share, -1)).transpose(2, 3)
     mass = joined.sum(3).unflatten(2, (share, -1))[..., None]
     mean = side.mean.to(weights.dtype).unflatten(2, (share, -1))[:, :, :, None]
     return (summed @ basis + mass * mean).flatten(1, 2)
@@ -126,11 +158,14 @@ def write_token(
     flag: torch.Tensor,
 ) -> None:
     """The twin of ``fused_write_token``."""
-    rows = torch.arange(key.shape[0], device=key.device)
-    keys[rows, :, slots.expand(len(rows))] = key[:, :, 0]
-    values[rows, :, slots.expand(len(rows))] = value[:, :, 0]
-    finite = torch.isfinite(key).all() & torch.isfinite(value).all()
-    flag.copy_((~finite).to(flag.dtype)[None])
+    if len(slots) == 1:
+        keys.index_copy_(2, slots, key)
+        values.index_copy_(2, slots, value)
+    else:
+        rows = torch.arange(key.shape[0], device=key.device)
+        keys[rows, :, slots] = key[:, :, 0]
+        values[rows, :, slots] = value[:, :, 0]
+    flag.copy_(~all_finite(key, value))
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -181,6 +181,8 @@ def _coded(
             f"the Triton kernels need keys and values in the same blocks of heads, got "
             f"{keys.blocks} and {values.blocks} blocks; use kernel='torch'"
         )
+    if {len(keys.basis), len(values.basis)} - {1, query.shape[0]}:
+        raise RuntimeError("decode attention reads the codes of one layer")
     share = kv_heads // keys.blocks
     heads = min(triton.next_power_of_2(share), max(1, MOST_COLUMNS // (2 * half)))
     heads = max(heads, LEAST // half)

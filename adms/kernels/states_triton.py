@@ -31,7 +31,7 @@ def coded_states(
     r_row, r_entry, record_bytes, offset_row, offset_stage,
     basis_row, basis_block, basis_channel, scale_row, scale_block, deviation_row, deviation_block,
     mean_row, mean_block, rows_row, rows_block, weight_row, weight_block, gain_start, gain_block,
-    channels, first_group, count, o_row, o_head, o_entry,
+    channels, first_group, rows_each, count, o_row, o_head, o_entry,
     TILE: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, SHARE: tl.constexpr,
     SIZE: tl.constexpr, COLUMNS: tl.constexpr, CHOSEN: tl.constexpr, WEIGHTED: tl.constexpr,
     HALF: tl.constexpr, STEPS: tl.constexpr, CODE_KIND: tl.constexpr,
@@ -43,6 +43,11 @@ def coded_states(
     at_record = n * r_entry
     records += row * r_row
     offsets += row * offset_row
+    # Rows of several layers lie one layer after the other, each layer with a basis.
+    layer = row // rows_each
+    basis += layer * basis_row
+    scale += layer * scale_row
+    weight += layer * weight_row
     width: tl.constexpr = CHUNK // 8
     j = tl.arange(0, COLUMNS)
     there = j < SHARE * SIZE
@@ -56,8 +61,8 @@ def coded_states(
         if tl.max(first, axis=0) >= 0:
             inside = c < channels
             starts, factor = _directions(
-                basis, scale, deviation, rows, row, block, c, inside, basis_row, basis_block,
-                basis_channel, scale_row, scale_block, deviation_row, deviation_block, rows_row,
+                basis, scale, deviation, rows, row, block, c, inside, 0, basis_block,
+                basis_channel, 0, scale_block, deviation_row, deviation_block, rows_row,
                 rows_block, CHOSEN,
             )  # fmt: skip
             mask = inside[:, None] & there[None, :]
@@ -72,7 +77,7 @@ def coded_states(
     gain = _gain(records, at_record, held, gain_start + block * gain_block, HALF, STEPS)
     states *= gain[:, None]
     if WEIGHTED:
-        at = weight + row * weight_row + block * weight_block + j
+        at = weight + block * weight_block + j
         states /= tl.load(at, mask=there, other=1.0).to(tl.float32)[None, :]
     at = mean + row * mean_row + block * mean_block + j
     states += tl.load(at, mask=there, other=0.0).to(tl.float32)[None, :]
@@ -88,6 +93,8 @@ def fused_states(
     dtype: torch.dtype,
 ) -> Entries:
     """Keys ``[B, K, N, D]`` and values ``[B, K, N, E]`` of records, with their log-weights.
+
+    Rows may be those of several layers, one layer after the other.
 
     Args:
         tables: how they are read.
@@ -124,7 +131,7 @@ def _states(
     coded_states[triton.cdiv(count, TILE), side.blocks, rows](
         records, tables.offsets, books, *_tensors(side), out, *records.stride()[:2],
         tables.record_bytes, _row_stride(tables.offsets), tables.offsets.stride(1),
-        *_numbers(side), first_group, count, *out.stride()[:3],
+        *_numbers(side), first_group, rows // len(side.basis), count, *out.stride()[:3],
         TILE=TILE, CHUNK=CHUNK, STAGES=tables.offsets.shape[1], SHARE=share, SIZE=size,
         COLUMNS=max(LEAST, triton.next_power_of_2(share * size)), CHOSEN=side.rows is not None,
         WEIGHTED=side.weight is not None, HALF=tables.half_gain, STEPS=tables.gain_steps,

@@ -48,13 +48,15 @@ class Write:
     """Bytes to put in place once every layer has worked out its own.
 
     Attributes:
-        rows: ``[M, 1]`` rows.
-        columns: ``[M, bytes]`` places in the row's bytes.
-        data: ``[L, M, bytes]``.
+        slots: ``[L, B, S, bytes]`` a part of the arena, cut into equal slots.
+        rows: whose places are written, ``[M]`` or ``[B, 1]``.
+        places: their slots, ``[M]`` or ``[B, N]``.
+        data: ``[L, M, bytes]`` or ``[L, B, N, bytes]``.
     """
 
+    slots: torch.Tensor
     rows: torch.Tensor
-    columns: torch.Tensor
+    places: torch.Tensor
     data: torch.Tensor
 
 
@@ -130,10 +132,32 @@ class MiddleStack:
             writes.append(self._ring_write(records, arrivals, stay_raw, raw, 0))
         if stay_coded:
             group = self._group(leaving, arrivals, stay_coded, queries)
-            writes += self._append(group, arrivals, candidates)
+            records = self._append(group, writes, candidates)
+            writes += self._record_writes(records, arrivals, stay_coded)
         for row in turn:
             writes += self._turn(leaving, arrivals, row, recent, queries, candidates)
         return writes, candidates
+
+    def prepare_steady(
+        self, leaving: Entries, totals: torch.Tensor, sink: int
+    ) -> tuple[list[Write], list[Candidates]]:
+        """``prepare`` of as many tokens in every row, all of which are coded already.
+
+        Where they go follows from counts on the device, so that a graph can do it for any counts.
+
+        Args:
+            leaving: ``[L, B, K, N, ...]``, whole records and no more than there are slots.
+            totals: ``[B]`` int64, tokens that have entered before.
+            sink: number of sinks.
+        """
+        width = leaving.keys.shape[3]
+        tokens = sink + totals[:, None] + self._span(width)
+        entries = Entries(leaving.keys.flatten(0, 1), leaving.values.flatten(0, 1))
+        group = _Group(list(range(len(totals))), slice(None), tokens, entries, None)
+        writes: list[Write] = []
+        candidates: list[Candidates] = []
+        records = self._append(group, writes, candidates)
+        return [*writes, *self._steady_writes(records, totals)], candidates
 
     def landmark_writes(self, candidates: list[Candidates]) -> list[Write]:
         """Settled landmarks as bytes to put in place."""
@@ -154,25 +178,28 @@ class MiddleStack:
     def keep_overwritten(self, writes: list[Write], undo: Undo) -> None:
         """Keeps what ``apply`` with the same writes overwrites."""
         for write in writes:
-            undo.keep(self.arena, slice(None), write.rows, write.columns)
+            undo.keep(write.slots, slice(None), write.rows, write.places)
 
     def apply(self, writes: list[Write]) -> None:
         """Puts prepared bytes in place."""
         for write in writes:
-            self.arena[:, write.rows, write.columns] = write.data
+            write.slots[:, write.rows, write.places] = write.data
 
     # --- rows that are coded -----------------------------------------------------------------
 
     def _append(
-        self, group: _Group, arrivals: Arrivals, candidates: list[Candidates]
-    ) -> list[Write]:
-        """Codes of tokens that arrive where others are coded already."""
+        self, group: _Group, writes: list[Write], candidates: list[Candidates]
+    ) -> torch.Tensor:
+        """Codes ``[L, B, R, bytes]`` of tokens that arrive where others are coded already.
+
+        Adds what they change of the landmarks to ``writes`` or ``candidates``.
+        """
         coder, store = self._coder, self.plan.store
         header = self._bytes(group, 0, coder.header_bytes)
         records = coder.encode(header, group.entries, group.queries)
-        writes = self._record_writes(self._by_layer(records), arrivals, group.rows)
+        by_layer = self._by_layer(records)
         if store is None:
-            return writes
+            return by_layer
         start = self.plan.landmark_offset
         present = self._bytes(group, start, start + store.nbytes)
         landmark_header = present[:, : store.header_bytes]
@@ -181,10 +208,13 @@ class MiddleStack:
             data = store.update(
                 landmark_header, present, arriving, self.plan.metric, self.plan.config
             )
-            data = self._by_layer(data)
-            return [*writes, self._landmark_write(group.rows, store.header_bytes, data)]
+            writes.append(
+                self._landmark_write(group.rows, store.header_bytes, self._by_layer(data))
+            )
+            return by_layer
         evidence = _evidence(store, coder, header, records, landmark_header, group.queries)
-        scores = self.plan.metric(group.entries, evidence).float()
+        # Metrics add up over heads, and heads may lie with several processes.
+        scores = self.plan.ranks.total(self.plan.metric(group.entries, evidence).float())
         held = store.read(present)
         candidates.append(
             Candidates(
@@ -202,7 +232,7 @@ class MiddleStack:
                 ),
             )
         )
-        return writes
+        return by_layer
 
     # --- rows that turn from exact to coded --------------------------------------------------
 
@@ -262,27 +292,43 @@ class MiddleStack:
         writes = [self._ring_write(records, arrivals, rows, coder, coder.header_bytes)]
         if not cut:
             return writes
-        cut_start = coder.header_bytes + whole * coder.record_bytes
         displaced, passing = [], []
         for index, row in enumerate(rows):
             before, new = arrivals.totals[row] // block, arrivals.counts[row] // block
             after = before + new
             for record in range(max(0, before - whole, after - whole - cut), after - whole):
-                start = cut_start + record % cut * coder.coarse_bytes
                 if record < before:
-                    source = coder.header_bytes + record % whole * coder.record_bytes
-                    displaced.append((row, source, start))
+                    displaced.append((row, record % whole, record % cut))
                 else:
-                    passing.append((row, index, record - before, start))
+                    passing.append((row, index, record - before, record % cut))
+        held, cut_slots = self._whole_slots(coder), self._cut_slots(coder)
         if displaced:
-            row_index, source, start = self._table(displaced, 3)
-            columns = source[:, None] + self._span(coder.coarse_bytes)
-            data = self.arena[:, row_index[:, None], columns]
-            writes.append(self._write(row_index, start, data))
+            row_index, source, place = self._table(displaced, 3)
+            data = held[:, row_index, source, : coder.coarse_bytes]
+            writes.append(Write(cut_slots, row_index, place, data))
         if passing:
-            row_index, own, record, start = self._table(passing, 4)
+            row_index, own, record, place = self._table(passing, 4)
             data = records[:, own, record, : coder.coarse_bytes]
-            writes.append(self._write(row_index, start, data))
+            writes.append(Write(cut_slots, row_index, place, data))
+        return writes
+
+    def _steady_writes(self, records: torch.Tensor, totals: torch.Tensor) -> list[Write]:
+        """The same from counts ``[B]`` on the device, for as many new records in every row."""
+        coder = self._coder
+        whole, cut = coder.num_records, coder.num_coarse
+        held = self._whole_slots(coder)
+        rows = torch.arange(len(totals), device=self.device)[:, None]
+        number = (totals // coder.block_tokens)[:, None] + self._span(records.shape[2])
+        writes = [Write(held, rows, number % whole, records[..., : coder.record_bytes])]
+        if cut:
+            number, cut_slots = number - whole, self._cut_slots(coder)
+            # Before all slots are full nothing is displaced, and what is there is written again.
+            data = torch.where(
+                (number >= 0)[..., None],
+                held[:, rows, number % whole, : coder.coarse_bytes],
+                cut_slots[:, rows, number % cut],
+            )
+            writes.append(Write(cut_slots, rows, number % cut, data))
         return writes
 
     def _ring_write(
@@ -291,7 +337,7 @@ class MiddleStack:
         arrivals: Arrivals,
         rows: list[int],
         coder: Coder,
-        offset: int,
+        start: int,
     ) -> Write:
         """Where each row's new records go; only the last ``num_records`` can stay."""
         block, slots = coder.block_tokens, coder.num_records
@@ -299,11 +345,12 @@ class MiddleStack:
         for index, row in enumerate(rows):
             first, new = arrivals.totals[row] // block, arrivals.counts[row] // block
             moves += [
-                (row, index, record, offset + (first + record) % slots * coder.record_bytes)
+                (row, index, record, (first + record) % slots)
                 for record in range(max(0, new - slots), new)
             ]
-        row_index, own, record, start = self._table(moves, 4)
-        return self._write(row_index, start, records[:, own, record])
+        row_index, own, record, place = self._table(moves, 4)
+        held = self._slots(start, slots, coder.record_bytes)
+        return Write(held, row_index, place, records[:, own, record])
 
     def _landmark_write(self, rows: list[int], offset: int, data: torch.Tensor) -> Write:
         """Bytes ``[L, B, bytes]`` of landmarks, ``offset`` after their start."""
@@ -311,11 +358,20 @@ class MiddleStack:
 
     def _constant_write(self, rows: list[int], start: int, data: torch.Tensor) -> Write:
         """Bytes ``[L, B, bytes]`` that go to the same place in every row."""
-        index, places = self._table([(row, start) for row in rows], 2)
-        return self._write(index, places, data)
+        everything = rows == list(range(self.arena.shape[1]))
+        index = self._span(len(rows)) if everything else self._table([(row,) for row in rows], 1)[0]
+        return Write(self._slots(start, 1, data.shape[2]), index, torch.zeros_like(index), data)
 
-    def _write(self, rows: torch.Tensor, start: torch.Tensor, data: torch.Tensor) -> Write:
-        return Write(rows[:, None], start[:, None] + self._span(data.shape[2]), data)
+    def _whole_slots(self, coder: Coder) -> torch.Tensor:
+        return self._slots(coder.header_bytes, coder.num_records, coder.record_bytes)
+
+    def _cut_slots(self, coder: Coder) -> torch.Tensor:
+        start = coder.header_bytes + coder.num_records * coder.record_bytes
+        return self._slots(start, coder.num_coarse, coder.coarse_bytes)
+
+    def _slots(self, start: int, count: int, size: int) -> torch.Tensor:
+        """Bytes of the arena as ``[L, B, count, size]``, without a copy."""
+        return self.arena[:, :, start : start + count * size].unflatten(2, (count, size))
 
     # --- rows and layers ---------------------------------------------------------------------
 
@@ -418,15 +474,15 @@ def _turned(plan: MiddlePlan, group: _Group, material: Entries) -> _Turned:
         own = store.fit(arrived)
         chosen = store.update(own, None, arrived, plan.metric, plan.config)
         return _Turned(header, records, torch.cat([own, chosen], dim=1), None)
-    own = store.fit(group.entries)
+    own = store.fit(group.entries, plan.ranks)
     evidence = _evidence(store, coder, header, records, own, group.queries)
-    scores = plan.metric(group.entries, evidence)
+    scores = plan.ranks.total(plan.metric(group.entries, evidence).float())
     own = store.with_scale(own, scores)
     candidates = Candidates(
         rows=group.rows,
         records=store.encode(own, group.entries, header, records)[None],
         tokens=group.tokens,
-        scores=store.scaled(own, scores.float())[None],
+        scores=store.scaled(own, scores)[None],
         present=None,
     )
     return _Turned(header, records, own, candidates)

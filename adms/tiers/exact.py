@@ -149,6 +149,13 @@ def plan_moves(
     )
 
 
+def at_slots(states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """``[L, B, K, S, D]`` at the slots ``[B, N]`` of each row: ``[L, B, K, N, D]``."""
+    rows = torch.arange(states.shape[1], device=states.device)[:, None]
+    # [B, N, L, K, D], since indices that stand apart come first.
+    return states[:, rows, :, slots].permute(2, 0, 3, 1, 4)
+
+
 def leaving_entries(tier: ExactTier, staged: Entries | None, moves: Moves) -> Entries:
     """Exact keys and values ``[L, B, K, num_leaving, ...]`` of the tokens that leave.
 
@@ -159,13 +166,11 @@ def leaving_entries(tier: ExactTier, staged: Entries | None, moves: Moves) -> En
     """
 
     def gather(ring: torch.Tensor, fresh: torch.Tensor | None) -> torch.Tensor:
-        rows = torch.arange(ring.shape[1], device=ring.device)[:, None]
-        held = ring[:, rows, :, moves.ring_slots]
-        if fresh is not None:
-            from_ring = moves.from_ring[..., None, None, None]
-            held = torch.where(from_ring, held, fresh[:, rows, :, moves.columns])
-        # [B, N, L, K, D], since indices that stand apart come first.
-        return held.permute(2, 0, 3, 1, 4)
+        held = at_slots(ring, moves.ring_slots)
+        if fresh is None:
+            return held
+        from_ring = moves.from_ring[:, None, :, None]
+        return torch.where(from_ring, held, at_slots(fresh, moves.columns))
 
     return Entries(
         gather(tier.keys, None if staged is None else staged.keys),

@@ -18,6 +18,7 @@ from adms.compressors.tables import CodeTables
 from adms.entries import Entries, TokenShape
 from adms.importance import Evidence
 from adms.importance.novelty import DIRECTIONS, principal_directions
+from adms.ranks import ALONE, Ranks
 
 STAGES = 5
 # Text position and score of a landmark.
@@ -91,15 +92,20 @@ class LandmarkStore:
         count = max(0, (nbytes - probe.header_bytes) // probe.slot_bytes)
         return cls(shape, dtype, count, codes)
 
-    def fit(self, entries: Entries) -> torch.Tensor:
-        """Header ``[1, header_bytes]`` from one row's tokens."""
+    def fit(self, entries: Entries, ranks: Ranks = ALONE) -> torch.Tensor:
+        """Header ``[1, header_bytes]`` from one row's tokens.
+
+        Args:
+            entries: of this process's heads.
+            ranks: those that hold the others; spreads are of all heads.
+        """
         spreads = [
             (part.float() - part.float().mean(2, keepdim=True)).square().sum((1, 3)).mean(1)
             for part in (entries.keys, entries.values)
         ]
         mean, directions = principal_directions(entries.keys)
         mean = mean.clamp(-HALF_LIMIT, HALF_LIMIT).half()
-        spread = torch.stack(spreads, dim=1)
+        spread = ranks.total(torch.stack(spreads, dim=1))
         header = pack(spread, torch.zeros_like(spread), mean, directions.half())
         if self.own is not None:
             header = torch.cat([header, self.own.fit(entries)], dim=1)

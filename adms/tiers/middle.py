@@ -22,7 +22,8 @@ from adms.config import ADMSConfig
 from adms.entries import Entries, TokenShape
 from adms.importance import Metric, needs_queries
 from adms.kernels.states import fused_states
-from adms.positions import MiddleGeometry
+from adms.places import MiddleGeometry
+from adms.ranks import ALONE, Ranks
 from adms.tiers.head_landmarks import HeadLandmarkStore
 from adms.tiers.landmarks import LandmarkStore, aligned
 
@@ -41,6 +42,7 @@ class MiddlePlan:
         arena_bytes: bytes per row, for either use.
         metric: scores tokens for landmarks.
         config: parameters of the landmarks' choice.
+        ranks: the processes that hold the layer's other heads.
     """
 
     shape: TokenShape
@@ -52,6 +54,7 @@ class MiddlePlan:
     arena_bytes: int
     metric: Metric
     config: ADMSConfig
+    ranks: Ranks = ALONE
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MiddlePlan":
         # It belongs to the binding, which copies of a cache share, and so does what it leads to.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from adms.entries import Entries
+from adms.entries import Entries, all_finite
 from adms.errors import CacheStateError
 from adms.positions import ForwardView
 from adms.tiers.undo import Undo
@@ -70,7 +70,7 @@ class WindowLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.finite = torch.isfinite(key_states).all() & torch.isfinite(value_states).all()
+        self.finite = all_finite(key_states, value_states)
         # Copies, since fused projections hand over views that keep all of them alive.
         self.staged = Entries(
             key_states.clone(memory_format=torch.contiguous_format),

@@ -58,10 +58,11 @@ def test_passkey(place: list[object], tmp_path: Path) -> None:
 
 
 def test_inspect(place: list[object], tmp_path: Path) -> None:
-    picture = tmp_path / "tiers.png"
-    result = invoke("inspect", *place, *SIZES, "--tokens", 200, "--picture", picture)
+    result = invoke("inspect", *place, *SIZES, "--tokens", 200, "--output", tmp_path)
     assert result.exit_code == 0, result.output
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "plots" / "tiers.png").read_bytes().startswith(b"\x89PNG")
+    report = (tmp_path / "report.md").read_text()
+    assert "| recent |" in report and "landmarks of the middle" in report
     bar = next(line for line in result.output.splitlines() if line.startswith("S"))
     assert set(bar.strip()) <= set("Sm.R") and bar.strip().endswith("R")
 
@@ -121,6 +122,21 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert result.exit_code == 2, result.output
     assert result.stderr.count("\n") == 1 and message in result.stderr
     assert "Traceback" not in result.output and result.exc_info[0] is SystemExit
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stream", "absent.txt"], "cannot read 'absent.txt'"),
+        (["stream", "--generate", "-1"], "--generate must be at least 0"),
+        (["chat", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+        (["chat", "--model", "./absent"], "no model folder"),
+    ],
+)
+def test_mistakes_in_sessions_are_one_line_too(arguments: list[str], message: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.count("\n") == 1 and message in result.stderr
 
 
 def test_wrong_values_of_options_are_exit_code_2() -> None:

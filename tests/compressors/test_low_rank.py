@@ -10,6 +10,8 @@ from adms.compressors import LayerContext
 from adms.compressors.codebooks import STARTS, assign, codebooks_on, nearest, shipped
 from adms.compressors.low_rank import MOST_WEIGHT, LowRank, LowRankCoder
 from adms.config import ADMSConfig
+from adms.entries import Entries, TokenShape
+from adms.kernels.parts import CodedPart, decode
 from adms.moments import Moments
 from tests.compressors.material import SHAPE, some_queries, tokens
 
@@ -137,6 +139,92 @@ def test_log_weight_brings_the_mass_of_coded_keys_nearer_to_the_truth() -> None:
     weighted = plain + found.log_weight[:, :, :1, None].double()
     assert (plain - truth).mean() < 0
     assert abs((weighted - truth).mean()) < 0.5 * abs((plain - truth).mean())
+
+
+@pytest.mark.parametrize("blocks", [2, 4])
+def test_a_block_of_heads_is_coded_as_if_there_were_no_others(blocks: int) -> None:
+    """As ranks of a tensor-parallel model do, which have some of the blocks each."""
+    shape = TokenShape(4, 16, 8)
+    material, entries = tokens(5, 400, shape), tokens(1, 300, shape)
+    moments = Moments(shape, 4 // blocks)
+    moments.add(material.keys, material.values)
+    moments.add_queries(gaussian(1, 8, 100, 16, seed=2))
+    fitted = moments.fit(blocks)
+
+    def bound(heads: int, part: slice) -> LowRankCoder:
+        tensors = {name: tensor[part] for name, tensor in fitted.items()}
+        own = LayerCalibration(4 // blocks, tensors)
+        context = LayerContext(TokenShape(heads, 16, 8), calibration=own)
+        coder = LowRank().bind(context, 10_000 * heads, ADMSConfig())
+        assert isinstance(coder, LowRankCoder)
+        return coder
+
+    whole = bound(4, slice(None))
+    header = whole.fit(entries)
+    records = whole.encode(header, entries)
+    for first in (0, 2):
+        heads = slice(first, first + 2)
+        own = Entries(entries.keys[:, heads], entries.values[:, heads])
+        coder = bound(2, slice(first * blocks // 4, (first + 2) * blocks // 4))
+        assert (coder.num_records, 2 * coder.fine_bytes) == (whole.num_records, whole.fine_bytes)
+        own_header = coder.fit(own)
+        own_records = coder.encode(own_header, own)
+        for form in ("coarse_bytes", "record_bytes", "fine_bytes"):
+            mine = coder.decode(own_header, own_records[..., : getattr(coder, form)])
+            theirs = whole.decode(header, records[..., : getattr(whole, form)])
+            assert mine.log_weight is not None and theirs.log_weight is not None
+            for part, other in (
+                (mine.keys, theirs.keys),
+                (mine.values, theirs.values),
+                (mine.log_weight, theirs.log_weight),
+            ):
+                torch.testing.assert_close(part, other[:, heads], atol=1e-5, rtol=1e-5)
+
+
+def test_rounding_changes_few_codes() -> None:
+    """What ranks, devices and threads sum up in another order is coded alike but for few bytes.
+
+    Of channels that vary alike, which is the worst case: any order of them is as good.
+    """
+    shape = TokenShape(2, 64, 64)
+    material, entries = (
+        Entries(gaussian(1, 2, count, 64, seed=count), gaussian(1, 2, count, 64, seed=count + 1))
+        for count in (600, 300)
+    )
+
+    def coded(factor: float) -> torch.Tensor:
+        own = [
+            Entries(
+                *(part * (1 + factor * gaussian(*part.shape)) for part in (one.keys, one.values))
+            )
+            for one in (material, entries)
+        ]
+        moments = Moments(shape, 2)
+        moments.add(own[0].keys, own[0].values)
+        context = LayerContext(shape, calibration=LayerCalibration(2, moments.fit(1)))
+        coder = LowRank().bind(context, 60_000, ADMSConfig())
+        return coder.encode(coder.fit(own[1]), own[1])[..., : coder.record_bytes]
+
+    assert (coded(0.0) == coded(1e-6)).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_blocks_as_tables_say(blocks: int) -> None:
+    shape, entries = TokenShape(4, 16, 16), tokens(1, 200, TokenShape(4, 16, 16))
+    moments = Moments(shape, 4 // blocks)
+    moments.add(entries.keys, entries.values)
+    context = LayerContext(shape, calibration=LayerCalibration(4 // blocks, moments.fit(blocks)))
+    coder = LowRank().bind(context, 60_000, ADMSConfig())
+    header = coder.fit(entries)
+    for size in (coder.record_bytes, coder.fine_bytes):
+        records = coder.encode(header, entries)[..., :size].contiguous()
+        tables = coder.tables(header, size)
+        assert tables is not None
+        ones = torch.ones(1, 200, 16)
+        part = CodedPart(records, tables, ones, ones, torch.ones(1, 200, dtype=torch.bool))
+        expected = coder.decode(header, records)
+        for found, wanted in zip(decode(part, 4), (expected.keys, expected.values), strict=True):
+            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_without_a_calibration_nothing_is_added() -> None:

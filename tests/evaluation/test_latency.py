@@ -30,7 +30,9 @@ def tiny() -> torch.nn.Module:
 
 def test_every_method_side_by_side(tmp_path: Path) -> None:
     methods = [FULL, STATIC, QUANTIZED, STREAMING, ADMS]
-    rows = measure_all(tiny(), methods, CONFIG, batches=[1, 2], positions=[300, 400], tokens=9)
+    rows = list(
+        measure_all(tiny(), methods, CONFIG, batches=[1, 2], positions=[300, 400], tokens=9)
+    )
     assert [(row["method"], row["batch"], row["position"]) for row in rows] == [
         (method, batch, position)
         for method in methods

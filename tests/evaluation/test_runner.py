@@ -17,7 +17,7 @@ import pytest
 
 from adms import ADMSConfig, ADMSError, ADMSValueError
 from adms.evaluation import run_folder, runner
-from adms.evaluation.run_folder import RunFolder, csv_text, markdown_table, write_atomic
+from adms.evaluation.run_folder import RunFolder, csv_text, markdown_table, write_atomic, write_run
 from adms.evaluation.runner import run_evaluation
 from adms.evaluation.settings import Evaluation
 from adms.evaluation.units import plan
@@ -285,6 +285,20 @@ def test_tables() -> None:
     rows = [{"a": 1, "b": "x|y"}, {"a": 2, "b": "line\nbreak"}]
     assert markdown_table(rows).splitlines()[2:] == ["| 1 | x\\|y |", "| 2 | line break |"]
     assert csv_text([{"a": 1}, {"b": 2}]) == "a,b\n1,\n,2\n"
+
+
+def test_a_run_in_one_go_leaves_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "scripts" / "it.py"), "a b.txt"])
+    rows = [{"n": 1, "ms": 0.5}, {"n": 2}]
+    report = write_run("out", "Title", {"path": tmp_path / "x"}, rows, "| n |\n|---|\n| 1 |\n")
+    assert report == "# Title\n\n| n |\n|---|\n| 1 |\n\n    python scripts/it.py 'a b.txt'\n"
+    assert (tmp_path / "out" / "report.md").read_text() == report
+    assert (tmp_path / "out" / "rows.csv").read_text() == "n,ms\n1,0.5\n2,\n"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["path"].endswith("x")
+    assert "torch" in json.loads((tmp_path / "out" / "environment.json").read_text())["packages"]
+    with pytest.raises(ADMSValueError, match="cannot write results"):
+        write_run("out/report.md/below", "Title", {}, [], "")
 
 
 def test_unwritable_folder(tmp_path: Path) -> None:

@@ -105,16 +105,17 @@ def coded_part(
 
 
 def blocked_part(rows: int, heads: int, count: int, size: int, blocks: int) -> CodedPart:
-    """Random codes under a basis per block of heads, other for each row, with a shared gain."""
+    """Random codes under a basis and gains per block of heads, other for each row."""
     generator = torch.Generator().manual_seed(0)
     joined, stages = heads // blocks * size, 3
     channels, value_channels = joined // 2 // 8 * 8, joined * 3 // 4 // 8 * 8
     groups = blocks * (channels + value_channels) // 8
     held = (torch.rand(rows, stages, groups, generator=generator) < 0.7).cumprod(1) > 0
-    offsets = torch.where(held, 2 + held.flatten(1).cumsum(1).view_as(held) - 1, -1)
-    width = 2 + int(held.flatten(1).sum(1).max())
+    gains = 2 * blocks
+    offsets = torch.where(held, gains + held.flatten(1).cumsum(1).view_as(held) - 1, -1)
+    width = gains + int(held.flatten(1).sum(1).max())
     records = torch.randint(0, 256, (rows, count, width), generator=generator, dtype=torch.uint8)
-    records[..., :2] = records[..., :2] % 16 + 120
+    records[..., :gains] = records[..., :gains] % 16 + 120
 
     def side(coded: int, gain: int, weighted: bool) -> Projection:
         # More directions than are used, chosen by each row; or one basis a row, in order.
@@ -126,12 +127,12 @@ def blocked_part(rows: int, heads: int, count: int, size: int, blocks: int) -> C
         weight = torch.rand(1, blocks, joined, generator=generator).half() + 0.5
         basis = basis.to(torch.int8)
         if not weighted:
-            return Projection(basis, scale, deviation.half(), mean, gain, 0)
+            return Projection(basis, scale, deviation.half(), mean, gain, 1)
         return Projection(
-            basis[:1], scale[:1], deviation.half(), mean, gain, 0, chosen.to(torch.int16), weight
+            basis[:1], scale[:1], deviation.half(), mean, gain, 1, chosen.to(torch.int16), weight
         )
 
-    sides = side(channels, 0, True), side(value_channels, 1, blocks > 1)
+    sides = side(channels, 0, True), side(value_channels, blocks, blocks > 1)
     weight = torch.rand(rows, heads, generator=generator).half()
     tables = CodeTables(offsets.to(torch.int32), width - 3, *sides, log_weight=weight)
     valid = torch.ones(1, count, dtype=torch.bool)

@@ -93,3 +93,13 @@ def test_kernels_compile_for_hopper(
     assert {name: one.calls for name, one in recorders.items()} == {
         "exact_tiles": 2, "coded_tiles": 2, "merge": 1, "write_token": 1,
     }  # fmt: skip
+
+
+def test_the_search_for_codewords_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    from adms.kernels import codewords_triton as host
+
+    recorder = Recorder(host.kernels.assign_codes)
+    monkeypatch.setattr(host.kernels, "assign_codes", recorder)
+    stages = torch.ones(1, 2, dtype=torch.int64)
+    host.fused_assign(draw(1, 2, 4, 8, seed=0), stages, stages)
+    assert recorder.calls == 1

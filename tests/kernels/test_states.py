@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from adms import enable_adms_llm
 from adms.entries import TokenShape
 from adms.kernels.parts import decode
+from adms.stack import run_of
 from tests.kernels.material import (
     DEVICE,
     RUNS_TRITON,
@@ -85,3 +86,41 @@ def test_a_stream_read_through_the_kernel_is_the_plain_one(compressor: str) -> N
         with torch.no_grad():
             logits.append(model(ids, past_key_values=cache).logits)
     assert_close(*logits, atol=1e-3, rtol=1e-3)
+
+
+@needs_triton
+@pytest.mark.parametrize("compressor", ["low_rank", "quantized"])
+def test_layers_that_lie_side_by_side_are_read_at_once(compressor: str) -> None:
+    """Rows of each layer under its own basis, landmarks too."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        max_position_embeddings=2048,
+    )
+    model = LlamaForCausalLM(config).eval().to(DEVICE)
+    sizes = {"start_size": 4, "compressed_budget": 64, "recent_size": 32}
+    cache = enable_adms_llm(model, **sizes, compressor_type=compressor, kernel="torch")
+    ids = (draw(2, 400, seed=3) * 30).long().remainder(97).to(DEVICE)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    stack = run_of(cache.layers)
+    assert len(stack.layers) == 3 and stack.reader is not None and cache.timeline is not None
+    totals = [cache.timeline.middle_tokens(row) for row in range(2)] * 3
+    whole, fine = stack.reader.tables()
+    assert whole is not None and fine is not None
+    pairs = [
+        (stack.reader.read(totals), stack.reader.read(totals, whole)),
+        (stack.reader.landmarks(totals)[0], stack.reader.landmarks(totals, fine)[0]),
+    ]
+    for plain, fused in pairs:
+        assert plain is not None and fused is not None
+        assert_close(fused.keys, plain.keys, atol=1e-4, rtol=1e-4)
+        assert_close(fused.values, plain.values, atol=1e-4, rtol=1e-4)
+        if plain.log_weight is not None:
+            assert fused.log_weight is not None
+            assert_close(fused.log_weight, plain.log_weight)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from adms.evaluation.plots.streams import MIB, Line
+from adms.evaluation.plots.streams import Line, draw_bytes
 from adms.evaluation.plots.style import figure, line_look, look
 
 
@@ -14,10 +14,13 @@ def plot_memory(path: Path, lines: Sequence[Line], *, title: str) -> None:
     """Bytes of the caches as the text goes by, both axes logarithmic."""
     with figure(path) as axes:
         for line in lines:
-            held = [count / MIB for count in line.nbytes]
-            axes.plot(line.tokens, held, label=line.label, **line_look(line.method))
+            draw_bytes(axes, line)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        for axis, ends in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+            axis.set_major_formatter("{x:g}")
+            # Between powers of ten only where there are not two of them to read.
+            axis.set_minor_formatter("{x:g}" if ends[1] < 20 * ends[0] else "")
         axes.set_xlabel("tokens read")
         axes.set_ylabel("cache (MiB)")
         axes.set_title(title, fontsize=10)

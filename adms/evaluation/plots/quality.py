@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from adms.evaluation.plots.streams import MIB
+from adms.evaluation.plots.streams import MIB, without_sizes
 from adms.evaluation.plots.style import figure, line_look, look
 from adms.evaluation.run_folder import Row
 
@@ -13,7 +13,7 @@ def plot_quality(path: Path, rows: Sequence[Row], *, title: str) -> None:
     with figure(path, figsize=(7.2, 4.4)) as axes:
         for method in dict.fromkeys(row["method"] for row in rows):
             own = [row for row in rows if row["method"] == method]
-            name = _without_sizes(own[0]["label"]) if len(own) > 1 else own[0]["label"]
+            name = without_sizes(own[0]["label"]) if len(own) > 1 else own[0]["label"]
             if method == "full":
                 size = own[0]["cache_bytes"] / MIB
                 label = f"full cache ({size:.0f} MiB at the end)"
@@ -31,9 +31,3 @@ def plot_quality(path: Path, rows: Sequence[Row], *, title: str) -> None:
         axes.set_ylabel("perplexity")
         axes.set_title(title, fontsize=10)
         axes.figure.legend(loc="outside right upper", fontsize=8)
-
-
-def _without_sizes(label: str) -> str:
-    """A label less its last word where that gives sizes: one line stands for several."""
-    words = label.split()
-    return " ".join(words[:-1] if "+" in words[-1] else words)

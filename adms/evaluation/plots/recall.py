@@ -1,5 +1,6 @@
 """Recall by depth and length, one panel a method."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,9 @@ def plot_recall(path: Path, rows: Sequence[Row], *, title: str) -> None:
         drawing = axes[0][0].figure
         drawing.supylabel("depth in the text", fontsize=9)
         drawing.supxlabel("tokens", fontsize=9)
-        drawing.suptitle(f"{title}: share answered right", fontsize=9)
+        # A narrow picture has no room for all of it in a line.
+        lines = textwrap.wrap(f"{title}: share answered right", int(14 * width))
+        drawing.suptitle("\n".join(lines), fontsize=9)
 
 
 def _heat_map(axis: Any, share: Any, depths: list[float], lengths: list[int]) -> None:

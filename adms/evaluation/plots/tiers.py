@@ -16,8 +16,10 @@ _LOOKS = {
 }
 
 
-def plot_tiers(path: Path, spans: Sequence[Span], *, title: str) -> None:
-    """Two bars: tokens of the text by tier, and bytes by tier.
+def plot_tiers(
+    path: Path, spans: Sequence[Span], *, title: str, landmarks: Sequence[int] = ()
+) -> None:
+    """Two bars: tokens of the text by tier with landmarks as ticks above, and bytes by tier.
 
     Sinks are a few tokens of thousands, so their share is drawn at least as wide as a line.
     """
@@ -35,6 +37,10 @@ def plot_tiers(path: Path, spans: Sequence[Span], *, title: str) -> None:
                 linewidth=0.6,
                 label=f"{span.tier}: {span.tokens:,} tokens, {span.nbytes / MIB:.1f} MiB",
             )
+        if landmarks:
+            places = [place + 0.5 for place in landmarks]
+            label = f"landmarks: {len(landmarks):,} tokens, inside the middle's bytes"
+            axes[0].vlines(places, 0.46, 0.62, color="black", linewidth=0.5, label=label)
         left = 0.0
         for span in spans:
             colour, hatch = _LOOKS[span.tier]
