@@ -267,11 +267,8 @@ class Binding:
         if ranks.size == 1:
             whole = context
         # All ranks hold as many landmarks and records as one process with all heads would.
-        store = self._landmark_store(compressor, whole, sizes.budget - sizes.waiting, exact)
-        # The landmarks start aligned, which can cost up to one step.
-        left = tokens * whole.shape.num_elements * BUDGET_ITEMSIZE
-        left -= store.nbytes + ALIGNMENT if store is not None else 0
-        coder: Coder | None = compressor.bind(context, max(0, left) // ranks.size, config)
+        store, left = self._landmark_store(compressor, whole, tokens)
+        coder: Coder | None = compressor.bind(context, left // ranks.size, config)
         if coder is not None:
             # Blocks for which nothing waits never come whole.
             in_blocks = self.block_tokens % coder.block_tokens == 0
@@ -296,28 +293,27 @@ class Binding:
         )
 
     def _landmark_store(
-        self, compressor: Compressor, context: LayerContext, tokens: int, least: int
-    ) -> LandmarkStore | HeadLandmarkStore | None:
-        """The store of landmarks of a layer with the bytes of ``tokens``.
-
-        Args:
-            tokens: of an equal share of the bytes, since all layers have as many landmarks.
-            least: of the smallest share of any layer.
-        """
+        self, compressor: Compressor, context: LayerContext, tokens: int
+    ) -> tuple[LandmarkStore | HeadLandmarkStore | None, int]:
+        """The store of landmarks, as many in all layers, and what it leaves of the bytes."""
         shape, dtype, config = context.shape, context.dtype, self.config
-        if config.importance_ratio == 0:
-            return None
         # Counted like everything of the middle, at two bytes an element whatever the dtype.
         token_bytes = shape.num_elements * BUDGET_ITEMSIZE
-        codes = compressor.bind(context, tokens * token_bytes, config)
+        coded_bytes = tokens * token_bytes
+        if config.importance_ratio == 0:
+            return None, coded_bytes
+        equal_bytes = (self.sizes.budget - self.sizes.waiting) * token_bytes
+        codes = compressor.bind(context, equal_bytes, config)
         kind = HeadLandmarkStore if config.use_adaptive_budget else LandmarkStore
-        most = int(tokens * token_bytes * config.importance_ratio)
-        store = kind.within(shape, dtype, most, codes)
+        store = kind.within(shape, dtype, int(equal_bytes * config.importance_ratio), codes)
         if store.count < config.min_importance_tokens:
-            fewest = kind(shape, dtype, config.min_importance_tokens, codes)
+            least = kind(shape, dtype, config.min_importance_tokens, codes)
             # At most half, so that a small budget still codes something.
-            store = fewest if fewest.nbytes <= least * token_bytes // 2 else store
-        return store if store.count else None
+            store = least if least.nbytes <= self.exact_tokens * token_bytes // 2 else store
+        if not store.count:
+            return None, coded_bytes
+        # The landmarks start aligned, which can cost up to one step.
+        return store, max(0, coded_bytes - store.nbytes - ALIGNMENT)
 
     def max_layer_bytes(self, layer_idx: int, layer: Any) -> int:
         """Most bytes that one row of this layer ever takes."""
