@@ -8,8 +8,6 @@ side is asked of the tensors themselves, and ``lay_together`` brings them back.
 Shapes: ``L`` layers, ``B`` rows, ``K`` KV heads, ``Q`` columns of a pass.
 """
 
-import copy
-import dataclasses
 import functools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -20,8 +18,7 @@ from adms.entries import Entries
 from adms.layer import ADMSLayer
 from adms.tiers.coding import MiddleStack
 from adms.tiers.exact import ExactTier
-from adms.tiers.landmarks import LandmarkStore
-from adms.tiers.middle import MiddlePlan, MiddleTier
+from adms.tiers.middle import MiddlePlan, MiddleTier, as_one
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class LayerStack:
         if not plans:
             return None
         arena = self.tensors[2].flatten(0, 1)
-        return MiddleTier(plans[0] if len(plans) == 1 else _read_as_one(plans), arena)
+        return MiddleTier(as_one(plans), arena)
 
     @functools.cached_property
     def staged(self) -> Entries | None:
@@ -103,18 +100,6 @@ def run_of(layers: Sequence[ADMSLayer]) -> LayerStack:
     if len(together) < len(found):
         return LayerStack(list(layers[:1]), [part[0][None] for part in parts])
     return LayerStack(list(layers[:count]), together)
-
-
-def _read_as_one(plans: Sequence[MiddlePlan]) -> MiddlePlan:
-    """A plan whose codes are read for the rows of several layers, one layer after the other."""
-    coders = [plan.coder for plan in plans if plan.coder is not None]
-    if not coders:
-        return plans[0]
-    coder, store = coders[0].stacked(coders), plans[0].store
-    if isinstance(store, LandmarkStore) and store.own is None:
-        store = copy.copy(store)
-        store.coder = coder
-    return dataclasses.replace(plans[0], coder=coder, store=store)
 
 
 def _laid_together(alike: list[ADMSLayer]) -> LayerStack:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import adms.commit
+import adms.compiled_layers
 import adms.compressors.low_rank
 import adms.step
 from adms import ADMSKVCache
@@ -24,6 +25,7 @@ CODED: dict[str, Any] = {"recent_size": 24, "compression_interval": 8}
 def made(monkeypatch: pytest.MonkeyPatch) -> list[SteadyCommit]:
     """The static commits that were made; a CPU makes them too."""
     monkeypatch.setattr(adms.step, "STEADY_DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(adms.step, "STEADY_KERNELS", ("auto", "triton"))
     apply, commits = SteadyCommit.apply, []
 
     def counting(self: SteadyCommit) -> None:
@@ -230,7 +232,7 @@ def one_kernel(vectors: torch.Tensor, kept: torch.Tensor, most: torch.Tensor) ->
 def test_captured_commits_are_those_that_are_not(
     compressor: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adms.step, "BACKEND", None)
+    monkeypatch.setattr(adms.compiled_layers, "BACKEND", None)
     model = tiny_llama(layers=3, trained=2048).to("cuda")
     caches, logits = [], []
     for way in both_ways():
@@ -247,7 +249,7 @@ def test_captured_commits_are_those_that_are_not(
 
 @CUDA
 def test_an_interrupt_after_a_replay_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adms.step, "BACKEND", None)
+    monkeypatch.setattr(adms.compiled_layers, "BACKEND", None)
     model, ids = tiny_llama(trained=2048).to("cuda"), random_ids(1, 40, seed=2).cuda()
     cache, twin = (small_cache(model, kernel="triton", **CODED) for _ in range(2))
     for one in (cache, twin):

@@ -22,7 +22,7 @@ from adms.importance import Evidence
 from adms.tiers.candidates import Candidates
 from adms.tiers.head_landmarks import Arriving, HeadLandmarkStore
 from adms.tiers.landmarks import Landmarks, LandmarkStore
-from adms.tiers.middle import MiddlePlan, MiddleTier, join_entries
+from adms.tiers.middle import MiddlePlan, MiddleTier, as_one, join_entries
 from adms.tiers.undo import Undo
 
 
@@ -89,7 +89,7 @@ class MiddleStack:
 
     def __init__(self, plans: Sequence[MiddlePlan], arena: torch.Tensor) -> None:
         self.plans = plans
-        self.plan = plans[0]
+        self.plan = as_one(plans)
         self.arena = arena
         self.device = arena.device
 
@@ -431,10 +431,9 @@ class MiddleStack:
 
     @property
     def _coder(self) -> Coder:
-        coders = [plan.coder for plan in self.plans if plan.coder is not None]
-        if not coders:
+        if self.plan.coder is None:
             raise RuntimeError("a middle without a coder was to be coded")
-        return coders[0] if len(coders) == 1 else coders[0].stacked(coders)
+        return self.plan.coder
 
     @property
     def _store(self) -> LandmarkStore:

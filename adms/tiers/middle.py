@@ -11,6 +11,9 @@ This file says how a layer's bytes are laid out and reads them; ``coding`` write
 Shapes: ``B`` rows, ``K`` KV heads, ``N`` entries, ``L`` landmarks, ``D``/``E`` head sizes.
 """
 
+import copy
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -247,6 +250,19 @@ class MiddleTier:
         if not isinstance(self.plan.store, LandmarkStore):
             raise RuntimeError("a middle without landmarks of all heads was asked for them")
         return self.plan.store
+
+
+def as_one(plans: Sequence[MiddlePlan]) -> MiddlePlan:
+    """The plan of layers that are alike as one, whose rows lie one layer after the other."""
+    coders = [plan.coder for plan in plans if plan.coder is not None]
+    if len(plans) == 1 or not coders:
+        return plans[0]
+    coder, store = coders[0].stacked(coders), plans[0].store
+    if isinstance(store, LandmarkStore) and store.own is None:
+        # Landmarks are codes of the same coder, each layer's under its own basis.
+        store = copy.copy(store)
+        store.coder = coder
+    return dataclasses.replace(plans[0], coder=coder, store=store)
 
 
 def _blank(records: torch.Tensor, counts: list[int]) -> torch.Tensor:

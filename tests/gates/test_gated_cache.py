@@ -8,6 +8,7 @@ import torch
 
 from adms import ADMSKVCache, disable_adms, enable_adms_llm
 from adms.attention import tiered
+from adms.compressors.low_rank import LowRankCoder
 from adms.errors import ADMSValueError, SessionFileError
 from adms.gates import AdaptiveUpdateConfig, UpdateGates
 from tests.compressors.material import NAMES
@@ -234,3 +235,25 @@ def test_every_token_of_the_middle_weighs_once(chunk: int) -> None:
         feed(model, random_ids(2, chunk, seed=1), cache)
     assert geometry.landmarks > 10
     assert found == pytest.approx([held] * 4, abs=1e-2)
+
+
+def test_layers_that_are_coded_together_are_what_each_alone_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Landmarks too, whose codes come from the coder of their own layer."""
+    model, ids = tiny_llama(layers=3, trained=2048), random_ids(2, 500)
+    logits = []
+    for together in (True, False):
+        monkeypatch.setattr(LowRankCoder, "is_stackable", together)
+        cache = enable_adms_llm(
+            model,
+            start_size=2,
+            recent_size=16,
+            compressed_budget=96,
+            importance_ratio=0.3,
+            adaptive_update=AdaptiveUpdateConfig(),
+        )
+        logits.append(feed(model, ids, cache))
+    plan = cache.layers[0].middle.plan
+    assert plan.coder is not None and plan.geometry.landmarks
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
