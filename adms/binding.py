@@ -46,9 +46,11 @@ class PositionScheme(Protocol):
     Attributes:
         weighs_sinks: whether sinks stand in for the beginning of a text that a stream has left
             (``ForwardView.sink_weight``).
+        adds_bias: whether ``bias`` is ever not None.
     """
 
     weighs_sinks: bool
+    adds_bias: bool
 
     def tables(self, positions: torch.Tensor, like: torch.Tensor, queries: torch.Tensor) -> Any:
         """What ``rotate`` needs for ``positions [B, N]``, in the dtype of ``like``.

@@ -34,6 +34,7 @@ class RotaryScheme:
     """
 
     weighs_sinks = False
+    adds_bias = False
 
     def __init__(
         self, embedding: nn.Module, apply: Callable[..., Any], layer_type: str | None = None
@@ -79,6 +80,7 @@ class PlainScheme:
     """Keys and queries as they are: positions enter elsewhere, or as a bias of a subclass."""
 
     weighs_sinks = False
+    adds_bias = False
 
     def tables(self, positions: torch.Tensor, like: torch.Tensor, queries: torch.Tensor) -> None:
         """Nothing."""

@@ -37,6 +37,7 @@ class FalconAlibi(PlainScheme):
     """
 
     weighs_sinks = True
+    adds_bias = True
 
     def __init__(self, attention: Any, dtype: torch.dtype) -> None:
         build = modeling_function(attention, "build_alibi_tensor")

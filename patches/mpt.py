@@ -35,6 +35,7 @@ class MptAlibi(PlainScheme):
     """
 
     weighs_sinks = True
+    adds_bias = True
 
     def __init__(self, attention: Any) -> None:
         build = modeling_function(attention, "build_mpt_alibi_tensor")

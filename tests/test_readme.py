@@ -149,6 +149,10 @@ def test_commands_parse(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         if words:
             parse_typer(app, words)
         return
+    if program == "pytest":
+        files = [word for word in words if word.startswith("tests/")]
+        assert files and all(any(ROOT.glob(word.split("::")[0])) for word in files)
+        return
     place, word = next((n, word) for n, word in enumerate(words) if not word.startswith("-"))
     found = sorted(ROOT.glob(word))
     assert found, f"{line} runs {word}, which is not there"

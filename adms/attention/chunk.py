@@ -91,13 +91,13 @@ def _applies(
 ) -> bool:
     if view.columns == 1 or view.column_valid is not None or view.forgotten is not None:
         return False
-    if cache.spans is not None or cache.binding_for_use.sparse_prefill is not None:
+    if cache.spans is not None:
+        return False
+    sparse, entries = cache.binding_for_use.sparse_prefill, cache.num_entries(layer.layer_idx)
+    if sparse is not None and sparse.applies(view.columns, entries + view.columns):
         return False
     start, stop = view.exact_slice
-    if stop <= start or scheme.weighs_sinks:
-        return False
-    one = torch.zeros(1, 1, device=view.device)
-    if scheme.bias(one, one, 1) is not None:
+    if stop <= start or scheme.weighs_sinks or scheme.adds_bias:
         return False
     coded = set(_coded(cache, layer))
     if len(coded) > 1:

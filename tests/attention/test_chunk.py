@@ -124,8 +124,9 @@ def test_chunks_equal_the_general_way(
     model, ids = tiny_llama(layers=3, trained=2048), random_ids(rows, 420)
     changes = {"compressor_type": compressor, "importance_ratio": ratio}
     general, single, ahead = run(model, ids, monkeypatch, **changes)
-    assert_close(single, general, atol=2e-6, rtol=0)
-    assert_close(ahead, general, atol=2e-6, rtol=0)
+    # Two softmaxes that are merged round otherwise than one: some units in the last place.
+    assert_close(single, general, atol=5e-6, rtol=0)
+    assert_close(ahead, general, atol=5e-6, rtol=0)
 
 
 def test_which_passes_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,7 +196,8 @@ def test_both_layers_another_compressor_and_sparse_prefill_save_load_and_go_on(
     assert cache.summary()["middle"]["form"] == "pq"
     assert min(cache.spans.steps) < 16
     reach = [layer.middle.plan.geometry.capacity for layer in cache.layers]
-    assert (reach[0] < reach[1]) == (policy == "learned")
+    # Bytes follow the shares, down to half of an equal part.
+    assert (reach[0] != reach[1]) == (policy == "learned")
     path = tmp_path / "stream.adms"
     cache.save(path)
     # The session brings the rest; sparse prefill and gates are no part of it.
