@@ -203,9 +203,10 @@ def enable_adms_llm(
             that is learned while the stream runs; None reads all of it.
         sparse_prefill: makes chunks of more than one token attend to the blocks that matter most
             to them, in this cache; None attends to everything. It is no part of a saved session.
-        kernel: what decodes single tokens: "triton" (fused kernels in a captured CUDA graph, or an
-            error), "torch" (PyTorch alone), or "auto" (the same on CUDA where it can be, static
-            buffers on a CPU where the middle is coded, else PyTorch alone).
+        kernel: what decodes single tokens: "triton" (fused kernels in captured CUDA graphs,
+            commits too, or an error), "torch" (PyTorch alone), or "auto" (fused kernels in a graph
+            on CUDA where it can be, static buffers on a CPU where the middle is coded, else PyTorch
+            alone). Chunks are read through kernels on CUDA unless it is "torch".
         **parameters: parameters of ``ADMSConfig``.
 
     Returns:
