@@ -125,7 +125,7 @@ class Commit:
         work.leaving = leaving_entries(stack.exact, stack.staged, moves)
         if stack.middle is not None and any(moves.middle_count):
             timeline = self.timeline
-            totals = [timeline.middle_tokens(row) for row in range(timeline.batch_size)]
+            totals = timeline.middle_totals
             arrivals = Arrivals(moves.middle_start, moves.middle_count, totals, timeline.sizes.sink)
             work.writes, work.candidates = stack.middle.prepare(
                 work.leaving,

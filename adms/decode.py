@@ -121,7 +121,7 @@ def _obstacle(
                 "its buffers would take more than the tokens of a chunk; raise prefill_chunk_size"
             )
     middle = cache.layers[0].middle
-    totals = [timeline.middle_tokens(row) for row in range(timeline.batch_size)]
+    totals = timeline.middle_totals
     phases = {phase_of(middle, total) for total in totals}
     if len(phases) > 1:
         return "some rows hold their middle exactly and others coded"

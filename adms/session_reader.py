@@ -305,7 +305,7 @@ class SessionReader:
                 f"the middle of layer {index} is {tuple(arena.shape)} in {arena.dtype}, expected "
                 f"{wanted} in torch.uint8"
             )
-        totals = [timeline.middle_tokens(row) for row in range(timeline.batch_size)]
+        totals = timeline.middle_totals
         try:
             layer.middle.arena.copy_(convert_arena(arena, before, layer.middle.plan, totals))
         except ADMSValueError as error:

@@ -50,6 +50,11 @@ class Timeline:
         """Tokens of ``row`` that have entered the middle, also those it has dropped since."""
         return max(0, self.evicted[row] - self.sizes.sink)
 
+    @property
+    def middle_totals(self) -> list[int]:
+        """``middle_tokens`` of every row."""
+        return [self.middle_tokens(row) for row in range(self.batch_size)]
+
     def evicted_after(self, new: list[int]) -> list[int]:
         """What ``evicted`` becomes per row once ``new`` tokens per row are committed.
 

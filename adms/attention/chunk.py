@@ -158,15 +158,14 @@ def _coded(cache: ADMSKVCache, layer: ADMSLayer) -> list[bool]:
     if timeline is None or layer.middle is None:
         return [False]
     geometry = layer.middle.plan.geometry
-    rows = range(timeline.batch_size)
-    return [geometry.is_coded(timeline.middle_tokens(row)) for row in rows]
+    return [geometry.is_coded(total) for total in timeline.middle_totals]
 
 
 def _totals(cache: ADMSKVCache) -> list[int]:
     timeline = cache.timeline
     if timeline is None:
         raise RuntimeError("a pass without a timeline")
-    return [timeline.middle_tokens(row) for row in range(timeline.batch_size)]
+    return timeline.middle_totals
 
 
 # --- what all layers of a kind share -------------------------------------------------------------

@@ -209,7 +209,7 @@ def _middle_parts(
     if layer.middle is None or cache.timeline is None:
         return []
     timeline = cache.timeline
-    totals = [timeline.middle_tokens(row) for row in range(timeline.batch_size)]
+    totals = timeline.middle_totals
     whole = fine = None
     if decodes_by_kernel(cache.binding_for_use.kernel, like) and all(
         map(geometry.is_coded, totals)

@@ -36,7 +36,7 @@ def landmarks(cache: ADMSKVCache) -> list[int]:
     timeline = cache.timeline
     if timeline is None:
         return []
-    totals = [timeline.middle_tokens(row) for row in range(timeline.batch_size)]
+    totals = timeline.middle_totals
     row = max(range(timeline.batch_size), key=lambda index: timeline.seen[index])
     for layer in cache.layers:
         middle = layer.middle if isinstance(layer, ADMSLayer) else None

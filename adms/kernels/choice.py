@@ -21,6 +21,11 @@ def using(kernel: Kernel) -> Iterator[None]:
         _IN_USE.reset(before)
 
 
+def fuses(kernel: Kernel, device: torch.device) -> bool:
+    """Whether a choice of kernel means Triton's on this device."""
+    return device.type == "cuda" and kernel != "torch" and has_triton()
+
+
 def is_fused(device: torch.device) -> bool:
     """Whether Triton's kernels work on this device's tensors: on CUDA, unless told otherwise."""
-    return device.type == "cuda" and _IN_USE.get() != "torch" and has_triton()
+    return fuses(_IN_USE.get(), device)

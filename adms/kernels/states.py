@@ -4,14 +4,15 @@ import torch
 
 from adms.compressors.tables import CodeTables
 from adms.entries import Entries, TokenShape
-from adms.kernels import Kernel, has_triton
+from adms.kernels import Kernel
+from adms.kernels.choice import fuses
 
 FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def decodes_by_kernel(kernel: Kernel, like: torch.Tensor) -> bool:
     """Whether codes are decoded by a kernel for states like these."""
-    return kernel != "torch" and like.is_cuda and like.dtype in FUSED_DTYPES and has_triton()
+    return like.dtype in FUSED_DTYPES and fuses(kernel, like.device)
 
 
 def fused_states(
