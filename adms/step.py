@@ -9,7 +9,6 @@ Shapes: ``L`` layers, ``B`` rows, ``R`` rows or 1 where all rows agree, ``H`` qu
 heads, ``S`` exact slots, ``N`` entries of the middle, ``M`` landmarks, ``D`` head size.
 """
 
-import logging
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -30,8 +29,6 @@ from adms.steady import SteadyCommit
 from adms.step_buffers import FULL, Held, Shared, hold
 from adms.step_capture import Output, rehearsal_stream
 from adms.tiers.middle import MiddleTier
-
-logger = logging.getLogger("adms")
 
 # Passes before a capture, in which kernels are compiled and libraries set themselves up.
 WARMUP_PASSES = 2
@@ -184,7 +181,8 @@ class DecodeStep:
         # The graph reads their places.
         self.arguments = arguments
         self.graph, self.output = graph, Output(result)
-        self._capture_commit(graph.pool())
+        if self.steady is not None:
+            self.steady.capture(graph.pool())
 
     def _pass(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         self.shared = self._shared()
@@ -197,24 +195,6 @@ class DecodeStep:
         return result
 
     # --- the commit of steady decoding -----------------------------------------------------------
-
-    def _capture_commit(self, pool: Any) -> None:
-        """Captures it too; where that fails it says so, and commits are made in the general way."""
-        if self.steady is None:
-            return
-        try:
-            self.steady.capture(pool)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            if self.kernel == "triton":
-                raise
-            # What a metric or a coder does cannot be known before it is captured.
-            first = str(error).strip().split("\n")[0]
-            logger.warning(
-                "commits are made without a CUDA graph: %s: %s", type(error).__name__, first
-            )
-            self.steady = None
 
     def commit_of(self, before: list[int], after: list[int]) -> SteadyCommit | None:
         """The static commit by which ``evicted`` of all rows turns from ``before`` to ``after``."""
