@@ -44,7 +44,9 @@ def advance(
     view, kernel = cache.require_view(), cache.binding_for_use.kernel
     if view.columns != 1 or kernel == "torch" or not cache.is_initialized:
         return forward(**arguments)
-    step = cache.step if cache.step is not None and cache.step.fits(cache) else None
+    step = cache.step
+    if step is not None and not step.fits(cache, decoder):
+        step = None
     reason = _obstacle(cache, step, view, decoder, arguments)
     if kernel == "triton" and view.device.type != "cuda":
         reason = f"it is for CUDA, and the model is on {view.device.type}"

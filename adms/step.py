@@ -50,6 +50,7 @@ class DecodeStep:
 
     def __init__(self, cache: ADMSKVCache, decoder: nn.Module) -> None:
         self.decoder = weakref.ref(decoder)
+        self.weights = _places_of(decoder)
         self.layers: list[ADMSLayer] = list(cache.layers)
         if self.layers[0].exact is None or cache.timeline is None:
             raise RuntimeError("a step was made for a cache without tokens")
@@ -87,11 +88,11 @@ class DecodeStep:
         #: the commit of steady decoding, as static as the pass
         self.steady: SteadyCommit | None = None
 
-    def fits(self, cache: ADMSKVCache) -> bool:
-        """Whether the tiers are still where they were."""
+    def fits(self, cache: ADMSKVCache, decoder: nn.Module) -> bool:
+        """Whether the tiers and the weights are still where they were."""
         found = _tiers(cache.layers)
         same = all(own() is part for own, part in zip(self.tiers, found, strict=False))
-        return same and len(found) == len(self.tiers)
+        return same and len(found) == len(self.tiers) and self.weights == _places_of(decoder)
 
     def tensors(self) -> list[torch.Tensor]:
         """Everything that is kept between passes."""
@@ -363,3 +364,12 @@ def _tiers(layers: list[Any]) -> list[torch.Tensor]:
     """Keys, values and bytes of every layer that has tiers."""
     own = [layer for layer in layers if isinstance(layer, ADMSLayer) and layer.exact is not None]
     return [part for layer in own for part in tensors_of(layer)]
+
+
+def _places_of(decoder: nn.Module) -> tuple[int, torch.dtype | None]:
+    """Where the first of the weights lies, and its dtype: ``model.to`` moves all of them.
+
+    A graph would go on reading them where they were.
+    """
+    first = next(decoder.parameters(), None)
+    return (0, None) if first is None else (first.data_ptr(), first.dtype)

@@ -208,8 +208,8 @@ def test_tensor_parallel_on_two_ranks(tmp_path: Path) -> None:
         str(root / "tests" / "patches" / "tensor_parallel.py"),
         str(tmp_path),
     ]
-    # Ranks with more threads than there are cores for them spin while they wait for each other: with
-    # two threads each on two cores this takes ten times as long.
+    # Ranks with more threads than there are cores for them spin while they wait for each other:
+    # with two threads each on two cores this takes ten times as long.
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=root, env=one_thread, capture_output=True, text=True, timeout=280

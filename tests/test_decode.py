@@ -84,6 +84,20 @@ def test_passes_of_other_lengths_in_between(budget: int, monkeypatch: pytest.Mon
     assert_close(results[1], results[0], atol=2e-5, rtol=2e-5)
 
 
+def test_weights_that_moved_are_read_where_they_are(static: None) -> None:
+    """A graph would go on reading the memory that they left."""
+    model = tiny_llama()
+    cache = small_cache(model, recent_size=40)
+    feed(model, random_ids(1, 40), cache)
+    feed(model, random_ids(1, 4), cache, step=1)
+    before = cache.step
+    feed(model, random_ids(1, 4), cache, step=1)
+    assert before is not None and cache.step is before
+    model.to(torch.float64).to(torch.float32)
+    feed(model, random_ids(1, 1), cache)
+    assert cache.step is not None and cache.step is not before
+
+
 @pytest.mark.parametrize("captures", [False, True])
 @pytest.mark.parametrize("budget", [0, 160])
 def test_bytes_stay_within_a_plan_that_never_grows(
