@@ -149,6 +149,7 @@ def test_a_long_call_keeps_the_chunks_before_the_fault(monkeypatch: pytest.Monke
 
 OWN_FILES = (
     "adms/cache.py",
+    "adms/transaction.py",
     "adms/commit.py",
     "adms/stack.py",
     "adms/layer.py",
