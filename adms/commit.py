@@ -16,11 +16,12 @@ from adms.entries import Entries
 from adms.layer import ADMSLayer
 from adms.positions import ForwardView
 from adms.stack import LayerStack, lay_together
+from adms.tiers.arrivals import Arrivals
 from adms.tiers.candidates import Candidates, settle
-from adms.tiers.coding import Arrivals, Write
 from adms.tiers.exact import Moves, keep_overwritten, leaving_entries, plan_moves, write_moves
 from adms.tiers.undo import Undo
 from adms.tiers.window import WindowLayer
+from adms.tiers.writes import Write
 from adms.timeline import Timeline
 
 # Tokens of all layers that are worked on at once. Coding one takes some 200 KB for a moment in a

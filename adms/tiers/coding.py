@@ -1,14 +1,14 @@
 """How tokens enter the middle: what arrives becomes bytes, for several layers at once.
 
 Layers that are alike are coded together: their rows are to a coder what the rows of one layer are,
-and where a token's bytes go is the same in all of them. Everything is worked out first and written
-afterwards, so that an error changes nothing. Only the step from exact to coded, once in a row's
-life, is made layer by layer.
+and where a token's bytes go (``writes``) is the same in all of them. Everything is worked out first
+and written afterwards, so that an error changes nothing. Only the step from exact to coded, once in
+a row's life, is made layer by layer.
 
 Nothing here waits for a device: what the host knows is sent there without waiting.
 
-Shapes: ``L`` layers, ``B`` rows, ``K`` KV heads, ``N`` arriving tokens, ``M`` places that are
-written, ``Q`` queries, ``D``/``E`` head sizes of keys/values.
+Shapes: ``L`` layers, ``B`` rows, ``H`` query heads, ``K`` KV heads, ``N`` arriving tokens, ``R``
+records, ``Q`` queries, ``D`` head size.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,64 +19,13 @@ import torch
 from adms.compressors.base import Coder
 from adms.entries import Entries
 from adms.importance import Evidence
+from adms.tiers.arrivals import Arrivals, Group, gather
 from adms.tiers.candidates import Candidates
 from adms.tiers.head_landmarks import Arriving, HeadLandmarkStore
 from adms.tiers.landmarks import Landmarks, LandmarkStore
 from adms.tiers.middle import MiddlePlan, MiddleTier, as_one, join_entries
 from adms.tiers.undo import Undo
-
-
-@dataclass(frozen=True)
-class Arrivals:
-    """Which tokens enter the middle in a commit; the same for every layer.
-
-    Attributes:
-        starts: per row, the first of the leaving tokens that enters.
-        counts: per row, how many do.
-        totals: tokens that have entered before, per row.
-        sink: number of sinks (turns middle token numbers into text positions).
-    """
-
-    starts: list[int]
-    counts: list[int]
-    totals: list[int]
-    sink: int
-
-
-@dataclass(frozen=True)
-class Write:
-    """Bytes to put in place once every layer has worked out its own.
-
-    Attributes:
-        slots: ``[L, B, S, bytes]`` a part of the arena, cut into equal slots.
-        rows: whose places are written, ``[M]`` or ``[B, 1]``.
-        places: their slots, ``[M]`` or ``[B, N]``.
-        data: ``[L, M, bytes]`` or ``[L, B, N, bytes]``.
-    """
-
-    slots: torch.Tensor
-    rows: torch.Tensor
-    places: torch.Tensor
-    data: torch.Tensor
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Rows that are coded in one go, and their tokens.
-
-    Attributes:
-        rows: their numbers.
-        index: the same on the device, or a slice where they are all rows.
-        tokens: ``[B, N]`` text positions, -1 where a row has fewer tokens than another.
-        entries: ``[L * B, K, N, ...]``.
-        queries: ``[L * B, H, Q, D]`` or None.
-    """
-
-    rows: list[int]
-    index: torch.Tensor | slice
-    tokens: torch.Tensor
-    entries: Entries
-    queries: torch.Tensor | None
+from adms.tiers.writes import Slots, Write
 
 
 class MiddleStack:
@@ -91,6 +40,7 @@ class MiddleStack:
         self.plans = plans
         self.plan = as_one(plans)
         self.arena = arena
+        self.slots = Slots(arena)
         self.device = arena.device
 
     def prepare(
@@ -126,14 +76,14 @@ class MiddleStack:
         writes: list[Write] = []
         candidates: list[Candidates] = []
         if stay_raw:
-            group = self._group(leaving, arrivals, stay_raw, None)
+            group = gather(leaving, arrivals, stay_raw, None)
             raw = self.plan.raw
             records = self._by_layer(raw.encode(self._bytes(group, 0, 0), group.entries))
-            writes.append(self._ring_write(records, arrivals, stay_raw, raw, 0))
+            writes.append(self.slots.ring_write(records, arrivals, stay_raw, raw, 0))
         if stay_coded:
-            group = self._group(leaving, arrivals, stay_coded, queries)
+            group = gather(leaving, arrivals, stay_coded, queries)
             records = self._append(group, writes, candidates)
-            writes += self._record_writes(records, arrivals, stay_coded)
+            writes += self.slots.record_writes(self._coder, records, arrivals, stay_coded)
         for row in turn:
             writes += self._turn(leaving, arrivals, row, recent, queries, candidates)
         return writes, candidates
@@ -151,13 +101,13 @@ class MiddleStack:
             sink: number of sinks.
         """
         width = leaving.keys.shape[3]
-        tokens = sink + totals[:, None] + self._span(width)
+        tokens = sink + totals[:, None] + torch.arange(width, device=self.device)
         entries = Entries(leaving.keys.flatten(0, 1), leaving.values.flatten(0, 1))
-        group = _Group(list(range(len(totals))), slice(None), tokens, entries, None)
+        group = Group(list(range(len(totals))), slice(None), tokens, entries, None)
         writes: list[Write] = []
         candidates: list[Candidates] = []
         records = self._append(group, writes, candidates)
-        return [*writes, *self._steady_writes(records, totals)], candidates
+        return [*writes, *self.slots.steady_writes(self._coder, records, totals)], candidates
 
     def landmark_writes(self, candidates: list[Candidates]) -> list[Write]:
         """Settled landmarks as bytes to put in place."""
@@ -188,7 +138,7 @@ class MiddleStack:
     # --- rows that are coded -----------------------------------------------------------------
 
     def _append(
-        self, group: _Group, writes: list[Write], candidates: list[Candidates]
+        self, group: Group, writes: list[Write], candidates: list[Candidates]
     ) -> torch.Tensor:
         """Codes ``[L, B, R, bytes]`` of tokens that arrive where others are coded already.
 
@@ -257,12 +207,12 @@ class MiddleStack:
             held = MiddleTier(plan, self.arena[layer, row : row + 1]).read([total])
             parts = [arriving] if held is None else [held, arriving]
             own = None if queries is None else queries[layer, row : row + 1]
-            group = _Group([row], slice(None), tokens, join_entries(parts), own)
+            group = Group([row], slice(None), tokens, join_entries(parts), own)
             turned.append(_turned(plan, group, join_entries([*parts, recent(layer, row)])))
-        writes = [self._constant_write([row], 0, _stack([one.header for one in turned]))]
+        writes = [self.slots.constant_write([row], 0, _stack([one.header for one in turned]))]
         records = _stack([one.records for one in turned])
         anew = Arrivals(arrivals.starts, [0] * row + [size], [0] * (row + 1), arrivals.sink)
-        writes += self._record_writes(records, anew, [row])
+        writes += self.slots.record_writes(self._coder, records, anew, [row])
         if self.plan.store is None:
             return writes
         landmarks = _stack([one.landmarks for one in turned])
@@ -280,154 +230,19 @@ class MiddleStack:
             )
         return writes
 
-    # --- where bytes go ----------------------------------------------------------------------
-
-    def _record_writes(
-        self, records: torch.Tensor, arrivals: Arrivals, rows: list[int]
-    ) -> list[Write]:
-        """Where new records ``[L, B, R, bytes]`` go, and whole ones they displace once cut."""
-        coder = self._coder
-        block, whole, cut = coder.block_tokens, coder.num_records, coder.num_coarse
-        records = records[..., : coder.record_bytes]
-        writes = [self._ring_write(records, arrivals, rows, coder, coder.header_bytes)]
-        if not cut:
-            return writes
-        displaced, passing = [], []
-        for index, row in enumerate(rows):
-            before, new = arrivals.totals[row] // block, arrivals.counts[row] // block
-            after = before + new
-            for record in range(max(0, before - whole, after - whole - cut), after - whole):
-                if record < before:
-                    displaced.append((row, record % whole, record % cut))
-                else:
-                    passing.append((row, index, record - before, record % cut))
-        held, cut_slots = self._whole_slots(coder), self._cut_slots(coder)
-        if displaced:
-            row_index, source, place = self._table(displaced, 3)
-            data = held[:, row_index, source, : coder.coarse_bytes]
-            writes.append(Write(cut_slots, row_index, place, data))
-        if passing:
-            row_index, own, record, place = self._table(passing, 4)
-            data = records[:, own, record, : coder.coarse_bytes]
-            writes.append(Write(cut_slots, row_index, place, data))
-        return writes
-
-    def _steady_writes(self, records: torch.Tensor, totals: torch.Tensor) -> list[Write]:
-        """The same from counts ``[B]`` on the device, for as many new records in every row."""
-        coder = self._coder
-        whole, cut = coder.num_records, coder.num_coarse
-        held = self._whole_slots(coder)
-        rows = torch.arange(len(totals), device=self.device)[:, None]
-        number = (totals // coder.block_tokens)[:, None] + self._span(records.shape[2])
-        writes = [Write(held, rows, number % whole, records[..., : coder.record_bytes])]
-        if cut:
-            number, cut_slots = number - whole, self._cut_slots(coder)
-            # Before all slots are full nothing is displaced, and what is there is written again.
-            data = torch.where(
-                (number >= 0)[..., None],
-                held[:, rows, number % whole, : coder.coarse_bytes],
-                cut_slots[:, rows, number % cut],
-            )
-            writes.append(Write(cut_slots, rows, number % cut, data))
-        return writes
-
-    def _ring_write(
-        self,
-        records: torch.Tensor,
-        arrivals: Arrivals,
-        rows: list[int],
-        coder: Coder,
-        start: int,
-    ) -> Write:
-        """Where each row's new records go; only the last ``num_records`` can stay."""
-        block, slots = coder.block_tokens, coder.num_records
-        moves = []
-        for index, row in enumerate(rows):
-            first, new = arrivals.totals[row] // block, arrivals.counts[row] // block
-            moves += [
-                (row, index, record, (first + record) % slots)
-                for record in range(max(0, new - slots), new)
-            ]
-        row_index, own, record, place = self._table(moves, 4)
-        held = self._slots(start, slots, coder.record_bytes)
-        return Write(held, row_index, place, records[:, own, record])
+    # --- rows and layers ---------------------------------------------------------------------
 
     def _landmark_write(self, rows: list[int], offset: int, data: torch.Tensor) -> Write:
         """Bytes ``[L, B, bytes]`` of landmarks, ``offset`` after their start."""
-        return self._constant_write(rows, self.plan.landmark_offset + offset, data)
+        return self.slots.constant_write(rows, self.plan.landmark_offset + offset, data)
 
-    def _constant_write(self, rows: list[int], start: int, data: torch.Tensor) -> Write:
-        """Bytes ``[L, B, bytes]`` that go to the same place in every row."""
-        everything = rows == list(range(self.arena.shape[1]))
-        index = self._span(len(rows)) if everything else self._table([(row,) for row in rows], 1)[0]
-        return Write(self._slots(start, 1, data.shape[2]), index, torch.zeros_like(index), data)
-
-    def _whole_slots(self, coder: Coder) -> torch.Tensor:
-        return self._slots(coder.header_bytes, coder.num_records, coder.record_bytes)
-
-    def _cut_slots(self, coder: Coder) -> torch.Tensor:
-        start = coder.header_bytes + coder.num_records * coder.record_bytes
-        return self._slots(start, coder.num_coarse, coder.coarse_bytes)
-
-    def _slots(self, start: int, count: int, size: int) -> torch.Tensor:
-        """Bytes of the arena as ``[L, B, count, size]``, without a copy."""
-        return self.arena[:, :, start : start + count * size].unflatten(2, (count, size))
-
-    # --- rows and layers ---------------------------------------------------------------------
-
-    def _group(
-        self,
-        leaving: Entries,
-        arrivals: Arrivals,
-        rows: list[int],
-        queries: torch.Tensor | None,
-    ) -> _Group:
-        """Rows and what arrives in them, padded to the longest with what comes after."""
-        starts = [arrivals.starts[row] for row in rows]
-        counts = [arrivals.counts[row] for row in rows]
-        width = max(counts)
-        number, first, start, count = self._table(
-            [
-                (row, arrivals.sink + arrivals.totals[row], arrivals.starts[row], own)
-                for row, own in zip(rows, counts, strict=True)
-            ],
-            4,
-        )
-        everything = rows == list(range(self.arena.shape[1]))
-        index = slice(None) if everything else number
-        span = self._span(width)
-        tokens = first[:, None] + span
-        if min(counts) < width:
-            tokens = torch.where(span < count[:, None], tokens, -1)
-        if len(set(starts)) == 1:
-            columns = slice(starts[0], starts[0] + width)
-            keys, values = (part[:, index, :, columns] for part in (leaving.keys, leaving.values))
-        else:
-            place = (start[:, None] + span).clamp(max=leaving.keys.shape[3] - 1)
-            # [B, N, L, K, D], since indices that stand apart come first.
-            keys, values = (
-                part[:, number[:, None], :, place].permute(2, 0, 3, 1, 4)
-                for part in (leaving.keys, leaving.values)
-            )
-        entries = Entries(keys.flatten(0, 1), values.flatten(0, 1))
-        own_queries = None if queries is None else queries[:, index].flatten(0, 1)
-        return _Group(rows, index, tokens, entries, own_queries)
-
-    def _bytes(self, group: _Group, start: int, stop: int) -> torch.Tensor:
+    def _bytes(self, group: Group, start: int, stop: int) -> torch.Tensor:
         """Some bytes of some rows of all layers ``[L * B, bytes]``."""
         return self.arena[:, group.index, start:stop].flatten(0, 1)
 
     def _by_layer(self, states: torch.Tensor) -> torch.Tensor:
         """``[L * B, ...]`` -> ``[L, B, ...]``."""
         return states.unflatten(0, (len(self.plans), -1))
-
-    def _span(self, count: int) -> torch.Tensor:
-        return torch.arange(count, device=self.device)
-
-    def _table(self, moves: Sequence[tuple[int, ...]], width: int) -> torch.Tensor:
-        """Columns ``[width, M]`` of numbers that the host knows."""
-        table = torch.tensor(moves, dtype=torch.long).reshape(-1, width).T.contiguous()
-        return table.to(self.device, non_blocking=True)
 
     @property
     def _coder(self) -> Coder:
@@ -459,7 +274,7 @@ class _Turned:
     candidates: Candidates | None
 
 
-def _turned(plan: MiddlePlan, group: _Group, material: Entries) -> _Turned:
+def _turned(plan: MiddlePlan, group: Group, material: Entries) -> _Turned:
     """Fits a layer's codes to ``material`` and codes the tokens of one row with them."""
     coder, store = plan.coder, plan.store
     if coder is None:
@@ -501,7 +316,7 @@ def _evidence(
     return store.evidence(landmark_header, queries, decode, coder.block_tokens)
 
 
-def _arriving(coder: Coder, header: torch.Tensor, records: torch.Tensor, group: _Group) -> Arriving:
+def _arriving(coder: Coder, header: torch.Tensor, records: torch.Tensor, group: Group) -> Arriving:
     layers = len(records) // len(group.tokens)
     return Arriving(
         group.entries,
