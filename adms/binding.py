@@ -1,7 +1,7 @@
 """What a cache needs to know of the model it is bound to.
 
-A binding is made by ``enable`` for one configuration on one model and shared by the layers of a
-cache; it holds nothing of any stream.
+A binding is made by an ``Installation`` for one configuration on one model and shared by the layers
+of a cache; it holds nothing of any stream.
 """
 
 import functools
