@@ -353,6 +353,12 @@ def release(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def forget_compiled(model: PreTrainedModel) -> None:
+    """Makes the next static cache compile for its own shape, as a process of its own would."""
+    torch.compiler.reset()
+    model.__dict__.pop("_compiled_call", None)
+
+
 def measure_all(
     model: PreTrainedModel,
     methods: list[str],

@@ -13,6 +13,9 @@ from adms.evaluation.latency import fill_bounded, open_cache
 from adms.evaluation.run_folder import Row
 from adms.kernels import Kernel
 
+# How tokens are written: through ``generate``, or in a loop of single steps.
+GENERATE, STEPS = "generate", "steps"
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -53,6 +56,12 @@ class Bench:
         """Exact slots that an ADMS cache is compared at: sinks, budget and window."""
         config = self.config
         return config.start_size + config.compressed_budget + config.recent_size
+
+    @property
+    def streaming_label(self) -> str:
+        """StreamingLLM in tables, with its sinks and its window."""
+        config = self.config
+        return f"streaming, {config.start_size} + {config.recent_size + config.compressed_budget}"
 
     def fill(self, cache: ADMSKVCache, rows: int, position: int) -> float:
         """Fills a bounded cache as if it had seen ``position`` tokens; see ``fill_bounded``."""
