@@ -20,7 +20,7 @@ METHODS = {
     "prefill": ["adms", "adms"],
     "memory": [],
     "first_call": ["streaming, 4 + 224", "adms"],
-    "crossover": ["full", "full", "full", "streaming, 4 + 224", "adms", "adms"],
+    "crossover": ["full", "full", "full", "streaming, 4 + 224", *["adms"] * 3],
 }
 
 
