@@ -3,8 +3,9 @@
 A layer alone finds a token that is new in the stream only half of the time; the mean over layers
 finds it nearly always, and what a model needs of a token it may need in any layer. So each layer
 scores what arrives, its scores are brought to its own scale, and their mean decides. A token alone
-is of little use without those around it that lead to it, so scores are averaged over neighbours
-(cf. the pooling of SnapKV, Li et al., 2024, arXiv 2404.14469).
+is of little use without those around it that lead to it: a passage stays whole or not at all. So
+scores are averaged over neighbours, and a token counts as much as the best of those means around it
+(cf. the pooling of SnapKV, Li et al., 2024, arXiv 2404.14469, which is the average alone).
 
 Shapes: ``L`` layers, ``B`` rows, ``N`` arriving tokens, ``M`` landmarks.
 """
@@ -18,8 +19,9 @@ from adms.budget import select_landmarks
 from adms.config import ADMSConfig
 from adms.tiers.landmarks import Landmarks
 
-# Tokens over which a score is averaged.
-NEIGHBOURS = 5
+# Tokens over which a score is averaged, and those of which the best mean counts.
+NEIGHBOURS = 9
+PASSAGE = 9
 
 
 @dataclass
@@ -91,10 +93,13 @@ def _taken(candidates: Candidates, chosen: torch.Tensor, landmarks: Landmarks) -
 
 
 def smoothed(scores: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-    """Means ``[B, N]`` over each token and its neighbours, as far as those are ``present``."""
+    """The best mean ``[B, N]`` around each token, of those tokens that are ``present``."""
     kept = torch.stack([scores * present, present.to(scores.dtype)])
     around = torch.nn.functional.avg_pool1d(kept, NEIGHBOURS, stride=1, padding=NEIGHBOURS // 2)
-    return around[0] / around[1].clamp(min=1 / (2 * NEIGHBOURS))
+    means = around[0] / around[1].clamp(min=1 / (2 * NEIGHBOURS))
+    means = means.masked_fill(~present, -torch.inf)
+    best = torch.nn.functional.max_pool1d(means, PASSAGE, stride=1, padding=PASSAGE // 2)
+    return best.masked_fill(~present, 0)
 
 
 def _choose(
