@@ -110,7 +110,7 @@ class Binding:
         dtype: the model's dtype before the first token tells.
         compressor: the resolved compressor; None where the budget is 0.
         metric: the resolved importance metric.
-        contexts: per layer, what the compressor may know of it.
+        block_tokens: that the compressor codes together.
         is_active: asks whether the model is still enabled.
         context: makes what the compressor may know of a layer.
         calibration: what is fitted to the model once, shared with its other bindings; None where

@@ -223,13 +223,16 @@ def fill_bounded(
 
 
 def advance_counts(cache: ADMSKVCache, position: int) -> None:
-    """Has a cache believe that it has seen ``position`` tokens; what it holds stays."""
+    """Has a cache believe that it has seen ``position`` tokens; what it holds stays.
+
+    Forward or back, and never past ``position``.
+    """
     timeline = cache.timeline
     if timeline is None:
         raise RuntimeError("an empty cache was to be advanced")
     # Whole rounds of ring and interval, so that slots keep what belongs there.
     step = int(np.lcm(timeline.sizes.ring, timeline.sizes.interval * timeline.block))
-    by = max(0, position - timeline.seen[0]) // step * step
+    by = int((position - timeline.seen[0]) / step) * step
     cache.timeline = dataclasses.replace(
         timeline,
         seen=[seen + by for seen in timeline.seen],

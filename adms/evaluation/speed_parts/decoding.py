@@ -1,12 +1,10 @@
 """Milliseconds a token: one row along the stream, several rows, and a long context."""
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from adms.cache import ADMSKVCache
 from adms.evaluation.latency import (
     STATIC,
     advance_counts,
@@ -60,24 +58,7 @@ def batch1(bench: Bench) -> Iterator[Row]:
                 row: Row = {"method": label, "position": cache.tokens_seen}
                 yield _timed(bench, cache, 1, way, row)
             # Where it started; what it holds is the same.
-            _set_back(cache, places[0])
-
-
-def _set_back(cache: ADMSKVCache, position: int) -> None:
-    """Has a cache believe that it has seen fewer tokens: whole rounds, as ``advance_counts``."""
-    timeline = cache.timeline
-    if timeline is None:
-        raise RuntimeError("an empty cache was to be set back")
-    step = int(np.lcm(timeline.sizes.ring, timeline.sizes.interval * timeline.block))
-    by = max(0, timeline.seen[0] - position - step) // step * step
-    cache.timeline = dataclasses.replace(
-        timeline,
-        seen=[seen - by for seen in timeline.seen],
-        evicted=[evicted - by for evicted in timeline.evicted],
-        length=timeline.length - by,
-    )
-    if cache.step is not None:
-        cache.step.stale = True
+            advance_counts(cache, places[0])
 
 
 def _ms(rows: list[Row], method: str, way: str = GENERATE) -> list[float]:
