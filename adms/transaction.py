@@ -148,8 +148,9 @@ class TransactionalCache(Cache):
         self._settle()
         timeline = self._timeline_for(batch)
         if timeline.batch_size != batch:
+            held = timeline.batch_size
             raise CacheStateError(
-                f"this cache holds {timeline.batch_size} rows, the input has {batch}; use "
+                f"this cache holds {held} row{'s' * (held > 1)}, the input has {batch}; use "
                 "cache.reset() for a new batch, or batch_repeat_interleave / "
                 "batch_select_indices to change the rows"
             )

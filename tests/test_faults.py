@@ -433,6 +433,6 @@ def test_another_dtype_in_mid_stream() -> None:
 def test_another_number_of_rows() -> None:
     model = llama()
     cache, twin = aged(model, 78)
-    with pytest.raises(adms.CacheStateError, match="holds 1 rows, the input has 2"):
+    with pytest.raises(adms.CacheStateError, match="holds 1 row, the input has 2"):
         run(model, text(3, rows=2), cache)
     goes_on(model, cache, twin)
