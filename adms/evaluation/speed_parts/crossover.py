@@ -19,7 +19,7 @@ def crossover(bench: Bench) -> Iterator[Row]:
     """Full caches of several lengths, StreamingLLM, and ADMS near, full and far, in turns.
 
     Turn by turn a few tokens of each, so that what else the machine does falls on all of them. A
-    CPU reads no slot of the middle that is still empty, so ADMS is timed from where all are taken.
+    CPU reads no slot of the middle that is still empty, so the goals begin where all are taken.
     """
     model, config = bench.model, bench.config
     lengths = [bench.slots]
@@ -50,7 +50,7 @@ def crossover(bench: Bench) -> Iterator[Row]:
 
 
 def _full_from(cache: ADMSKVCache) -> int:
-    """Tokens of a stream from which on every slot of the middle is taken, in whole rounds."""
+    """Tokens after which every slot of the middle is taken, though counts move in whole rounds."""
     summary, ring = cache.summary(), cache.sizes.ring
     return int(summary["middle"].get("capacity_tokens", 0)) + cache.sizes.sink + 3 * ring
 
