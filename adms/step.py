@@ -50,7 +50,8 @@ class DecodeStep:
 
     def __init__(self, cache: ADMSKVCache, decoder: nn.Module) -> None:
         self.decoder = weakref.ref(decoder)
-        self.weights = _places_of(decoder)
+        self.weights = [weakref.ref(weight) for weight in decoder.parameters()]
+        self.lie_at = self._weights_lie_at()
         self.layers: list[ADMSLayer] = list(cache.layers)
         if self.layers[0].exact is None or cache.timeline is None:
             raise RuntimeError("a step was made for a cache without tokens")
@@ -92,7 +93,13 @@ class DecodeStep:
         """Whether the tiers and the weights are still where they were."""
         found = _tiers(cache.layers)
         same = all(own() is part for own, part in zip(self.tiers, found, strict=False))
-        return same and len(found) == len(self.tiers) and self.weights == _places_of(decoder)
+        same = same and len(found) == len(self.tiers)
+        return same and self.decoder() is decoder and self.lie_at == self._weights_lie_at()
+
+    def _weights_lie_at(self) -> list[int]:
+        """Address of each weight: a graph would go on reading what ``model.to`` has left."""
+        own = [weight() for weight in self.weights]
+        return [0 if weight is None else weight.data_ptr() for weight in own]
 
     def tensors(self) -> list[torch.Tensor]:
         """Everything that is kept between passes."""
@@ -364,12 +371,3 @@ def _tiers(layers: list[Any]) -> list[torch.Tensor]:
     """Keys, values and bytes of every layer that has tiers."""
     own = [layer for layer in layers if isinstance(layer, ADMSLayer) and layer.exact is not None]
     return [part for layer in own for part in tensors_of(layer)]
-
-
-def _places_of(decoder: nn.Module) -> tuple[int, torch.dtype | None]:
-    """Where the first of the weights lies, and its dtype: ``model.to`` moves all of them.
-
-    A graph would go on reading them where they were.
-    """
-    first = next(decoder.parameters(), None)
-    return (0, None) if first is None else (first.data_ptr(), first.dtype)
