@@ -20,7 +20,7 @@ from adms.attention.merged import attend_in_two, causal_bias
 from adms.binding import PositionScheme
 from adms.cache import ADMSKVCache
 from adms.entries import Entries
-from adms.kernels.states import decodes_by_kernel
+from adms.kernels.states import decodes_by_tables
 from adms.layer import ADMSLayer
 from adms.places import MiddleGeometry
 from adms.positions import ForwardView
@@ -246,8 +246,8 @@ def _read(
     parts = [Entries(*(_beside(part[..., start:stop, :]) for part in stack.exact.tensors()))]
     totals = _totals(cache)
     if stack.reader is not None and any(totals):
-        by_kernel = decodes_by_kernel(cache.binding_for_use.kernel, query)
-        parts += _of_middle(stack.reader, totals, len(stack.layers), by_kernel)
+        by_tables = decodes_by_tables(cache.binding_for_use.kernel, query)
+        parts += _of_middle(stack.reader, totals, len(stack.layers), by_tables)
     keys = torch.cat([part.keys for part in parts], dim=2) if len(parts) > 1 else parts[0].keys
     values = torch.cat([part.values for part in parts], dim=2)
     places = _places(cache, layer, scheme, view, query)
@@ -266,12 +266,12 @@ def _most(cache: ADMSKVCache, layer: ADMSLayer) -> int:
 
 
 def _of_middle(
-    reader: MiddleTier, totals: list[int], layers: int, by_kernel: bool
+    reader: MiddleTier, totals: list[int], layers: int, by_tables: bool
 ) -> list[Entries]:
     """The middle's entries and landmarks of several layers."""
     geometry, of_layers = reader.plan.geometry, totals * layers
     coded = geometry.is_coded(totals[0])
-    whole, fine = reader.tables() if by_kernel and coded else (None, None)
+    whole, fine = reader.tables() if by_tables and coded else (None, None)
     entries = reader.read(of_layers, whole)
     if entries is None:
         return []

@@ -18,7 +18,7 @@ from adms.attention.sparse_prefill import attend_sparsely
 from adms.binding import PositionScheme
 from adms.cache import ADMSKVCache
 from adms.entries import Entries
-from adms.kernels.states import decodes_by_kernel
+from adms.kernels.states import decodes_by_tables
 from adms.layer import ADMSLayer
 from adms.places import MiddleGeometry
 from adms.positions import ForwardView
@@ -201,7 +201,7 @@ def _middle_parts(
     timeline = cache.timeline
     totals = timeline.middle_totals
     whole = fine = None
-    if decodes_by_kernel(cache.binding_for_use.kernel, like) and all(
+    if decodes_by_tables(cache.binding_for_use.kernel, like) and all(
         map(geometry.is_coded, totals)
     ):
         whole, fine = layer.middle.tables()

@@ -57,14 +57,17 @@ class Projection:
             basis, scale = basis[:, :, : self.channels], scale[:, :, : self.channels]
         else:
             rows = max(len(self.rows), len(basis))
-            row = torch.arange(rows, device=basis.device)[:, None, None]
+            # Rows of a layer share its basis.
+            own = torch.arange(rows, device=basis.device)[:, None, None] * len(basis) // rows
             block = torch.arange(self.blocks, device=basis.device)[:, None]
             index = self.rows.long()
-            own = row if len(basis) > 1 else 0
             basis, scale = basis[own, block, index], scale[own, block, index]
         factor = scale.to(dtype) * self.deviation.to(dtype)
         found = basis.to(dtype) * factor[..., None]
-        return found if self.weight is None else found / self.weight[:, :, None].to(dtype)
+        if self.weight is None:
+            return found
+        weight = self.weight.repeat_interleave(max(1, len(found) // len(self.weight)), 0)
+        return found / weight[:, :, None].to(dtype)
 
     def first(self, channels: int) -> "Projection":
         """Of the first channels of every block alone."""

@@ -75,13 +75,13 @@ def plain_decode_attention(
         sums.append((values, None))
     known = _Directions(dtype, coded)
     for coded_part in coded:
-        split = coded_part.tables.keys.blocks * coded_part.tables.keys.channels
-        channels = channels_of(coded_part).to(dtype)
-        gain = gains_of(coded_part, coded_part.tables.keys)
-        side = coded_part.tables.keys
+        side, tables = coded_part.tables.keys, coded_part.tables
+        split = side.blocks * side.channels
+        channels = channels_of(coded_part.records, tables).to(dtype)
+        gain = gains_of(coded_part.records, tables, side, coded_part.valid)
         keys = restore(side, channels[:, :, :split], gain, kv_heads, known.of(side))
         score = _scores(grouped, keys, coded_part, coded_part.valid)
-        log_weight = coded_part.tables.log_weight
+        log_weight = tables.log_weight
         if log_weight is not None:
             score = score + log_weight[:, :, None, None].to(dtype)
         scores.append(score)
@@ -142,7 +142,8 @@ def _sum_codes(
     share = kv_heads // side.blocks
     # [B, blocks, share * G, N]: the heads of a block read the same channels.
     joined = weights.unflatten(1, (side.blocks, share)).flatten(2, 3)
-    weighted = joined * gains_of(part, side).transpose(1, 2)[:, :, None].to(weights.dtype)
+    gain = gains_of(part.records, part.tables, side, part.valid)
+    weighted = joined * gain.transpose(1, 2)[:, :, None].to(weights.dtype)
     summed = weighted @ channels.unflatten(2, (side.blocks, side.channels)).transpose(1, 2)
     summed = summed.unflatten(2, (share, -1))
     basis = known.of(side).unflatten(3, (share, -1)).transpose(2, 3)

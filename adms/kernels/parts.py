@@ -53,20 +53,33 @@ class CodedPart:
 
 def decode(part: CodedPart, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values ``[B, K, N, D]`` in float32."""
-    tables = part.tables
-    channels = channels_of(part)
+    return states_of(part.records, part.tables, heads, part.valid)
+
+
+def states_of(
+    records: torch.Tensor, tables: CodeTables, heads: int, valid: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values ``[B, K, N, D]`` in float32 of records ``[B, N, bytes]``.
+
+    ``valid [R, N]`` says which records are any; None: all of them.
+    """
+    channels = channels_of(records, tables)
     split = tables.keys.blocks * tables.keys.channels
-    keys = restore(tables.keys, channels[:, :, :split], gains_of(part, tables.keys), heads)
-    values = restore(tables.values, channels[:, :, split:], gains_of(part, tables.values), heads)
+    keys, values = (
+        restore(side, own, gains_of(records, tables, side, valid), heads)
+        for side, own in (
+            (tables.keys, channels[:, :, :split]),
+            (tables.values, channels[:, :, split:]),
+        )
+    )
     return keys, values
 
 
-def channels_of(part: CodedPart) -> torch.Tensor:
+def channels_of(records: torch.Tensor, tables: CodeTables) -> torch.Tensor:
     """Sums of codewords ``[B, N, channels]``, those of keys first."""
-    tables, count = part.tables, len(part.records)
-    books = codebooks_on(part.records.device)[: tables.offsets.shape[1]].flatten(0, 1)
-    bags = tables.bags * (count // len(tables.bags))
-    rows = [_channels(records, bag, books) for records, bag in zip(part.records, bags, strict=True)]
+    books = codebooks_on(records.device)[: tables.offsets.shape[1]].flatten(0, 1)
+    bags = tables.bags * (len(records) // len(tables.bags))
+    rows = [_channels(own, bag, books) for own, bag in zip(records, bags, strict=True)]
     return torch.stack(rows) if len(rows) > 1 else rows[0][None]
 
 
@@ -105,17 +118,18 @@ def restore(
     return states.unflatten(3, (share, -1)).transpose(2, 3).flatten(1, 2)
 
 
-def gains_of(part: CodedPart, side: Projection) -> torch.Tensor:
-    """Gains ``[B, N, blocks]``; 1 where nothing is to be read, whatever the bytes are."""
+def gains_of(
+    records: torch.Tensor, tables: CodeTables, side: Projection, valid: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Gains ``[B, N, blocks]``; of two bytes 1 where not ``valid``, whatever the bytes are."""
     start, stride = side.gain_start, side.gain_stride
     # Blocks that share a gain have a stride of zero, which no slice has.
-    bytes_of = part.records[:, :, start : start + max(1, stride * side.blocks) : max(1, stride)]
-    if not part.tables.half_gain:
-        gain = bytes_of.float().sub_(128).div_(part.tables.gain_steps).exp2_()
+    bytes_of = records[:, :, start : start + max(1, stride * side.blocks) : max(1, stride)]
+    if not tables.half_gain:
+        gain = bytes_of.float().sub_(128).div_(tables.gain_steps).exp2_()
     else:
-        high = part.records[:, :, start + 1 :][
-            :, :, : max(1, stride * side.blocks) : max(1, stride)
-        ]
+        high = records[:, :, start + 1 :][:, :, : max(1, stride * side.blocks) : max(1, stride)]
         gain = torch.stack([bytes_of, high], dim=-1).view(torch.float16)[..., 0].float()
-        gain = gain.masked_fill(~part.valid[..., None], 1.0)
+        if valid is not None:
+            gain = gain.masked_fill(~valid[..., None], 1.0)
     return gain.expand(-1, -1, side.blocks)

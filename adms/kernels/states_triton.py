@@ -1,6 +1,6 @@
 """Codes as keys and values, in Triton: what a pass of several tokens reads of a middle.
 
-Its plain twin is ``parts.decode``. One launch for all keys of a layer and one for its values, in
+Its plain twin is ``parts.states_of``. One launch for all keys of a layer and one for its values, in
 place of some hundred small operations.
 
 Shapes: ``B`` rows, ``K`` KV heads, ``N`` records, ``D``/``E`` head sizes
@@ -15,7 +15,7 @@ import triton.language as tl
 
 from adms.compressors.codebooks import GROUP, codebooks_on
 from adms.compressors.tables import CodeTables, Projection
-from adms.entries import Entries, TokenShape
+from adms.entries import TokenShape
 from adms.kernels.decode_attention_triton import _numbers, _row_stride, _tensors
 from adms.kernels.lookup import _channels, _gain, _reach
 
@@ -113,24 +113,11 @@ def fused_states(
     records: torch.Tensor,
     shape: TokenShape,
     dtype: torch.dtype,
-) -> Entries:
-    """Keys ``[B, K, N, D]`` and values ``[B, K, N, E]`` of records, with their log-weights.
-
-    Rows may be those of several layers, one layer after the other.
-
-    Args:
-        tables: how they are read.
-        records: ``[B, N, bytes]`` uint8; bytes of a record lie side by side.
-        shape: of one token.
-        dtype: of the result.
-    """
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys ``[B, K, N, D]`` and values ``[B, K, N, E]``; see ``states.decode_by_tables``."""
     split = tables.keys.blocks * tables.keys.channels // GROUP
     keys = _states(tables, tables.keys, 0, records, shape.key_dim, shape, dtype)
-    values = _states(tables, tables.values, split, records, shape.value_dim, shape, dtype)
-    weight = tables.log_weight
-    if weight is None:
-        return Entries(keys, values)
-    return Entries(keys, values, weight.float()[..., None].expand(*keys.shape[:3]))
+    return keys, _states(tables, tables.values, split, records, shape.value_dim, shape, dtype)
 
 
 def _states(

@@ -24,7 +24,7 @@ from adms.compressors.tables import CodeTables
 from adms.config import ADMSConfig
 from adms.entries import Entries, TokenShape
 from adms.importance import Metric, needs_queries
-from adms.kernels.states import fused_states
+from adms.kernels.states import decode_by_tables
 from adms.places import MiddleGeometry
 from adms.ranks import ALONE, Ranks
 from adms.tiers.head_landmarks import HeadLandmarkStore
@@ -141,7 +141,7 @@ class MiddleTier:
         whole = self._records(data, min(most, coder.num_records), cut=False)
         whole = _blank(whole, counts)
         if tables is not None:
-            return fused_states(tables, whole, self.plan.shape, self.plan.dtype)
+            return decode_by_tables(tables, whole, self.plan.shape, self.plan.dtype)
         parts = [coder.decode(header, whole)]
         if most > coder.num_records:
             cut_records = self._records(data, most - coder.num_records, cut=True)
@@ -197,7 +197,7 @@ class MiddleTier:
         """
         if tables is not None:
             records, tokens = self.landmark_records(), self.landmark_tokens()
-            return fused_states(tables, records, self.plan.shape, self.plan.dtype), tokens
+            return decode_by_tables(tables, records, self.plan.shape, self.plan.dtype), tokens
         coded = [self.plan.geometry.is_coded(total) for total in totals]
         data = self.landmark_bytes()
         codes = self.arena[:, : self._coder.header_bytes]

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from adms import enable_streaming_llm
 from adms.attention import chunk, window
 from adms.attention.merged import attend_in_two, causal_bias, partial, plain_partial
+from adms.kernels import states
 from tests.kernels.material import DEVICE, RUNS_TRITON
 from tests.streams import feed, random_ids, small_cache, tiny_llama
 
@@ -99,7 +100,7 @@ def run(model: Any, ids: torch.Tensor, monkeypatch: Any, **changes: Any) -> list
     return results
 
 
-@pytest.mark.skipif(not RUNS_TRITON or DEVICE != "cpu", reason="needs TRITON_INTERPRET=1")
+@pytest.mark.skipif(not RUNS_TRITON or DEVICE.type != "cpu", reason="needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("compressor", ["low_rank", "quantized"])
 def test_the_kernel_decodes_several_layers(
@@ -107,9 +108,10 @@ def test_the_kernel_decodes_several_layers(
 ) -> None:
     model, ids = tiny_llama(layers=3, trained=2048), random_ids(rows, 300)
     monkeypatch.setitem(chunk.READ_AHEAD_BYTES, "cpu", 2**30)
+    monkeypatch.setattr(states, "KERNEL_DEVICES", ("cpu",))
     found = []
-    for by_kernel in (False, True):
-        monkeypatch.setattr(chunk, "decodes_by_kernel", lambda *_, use=by_kernel: use)
+    for by_tables in (False, True):
+        monkeypatch.setattr(chunk, "decodes_by_tables", lambda *_, use=by_tables: use)
         cache = small_cache(model, prefill_chunk_size=60, compressor_type=compressor)
         found.append(feed(model, ids, cache))
     assert_close(found[1], found[0], atol=2e-6, rtol=0)
@@ -124,9 +126,11 @@ def test_chunks_equal_the_general_way(
     model, ids = tiny_llama(layers=3, trained=2048), random_ids(rows, 420)
     changes = {"compressor_type": compressor, "importance_ratio": ratio}
     general, single, ahead = run(model, ids, monkeypatch, **changes)
-    # Two softmaxes that are merged round otherwise than one: some units in the last place.
-    assert_close(single, general, atol=5e-6, rtol=0)
-    assert_close(ahead, general, atol=5e-6, rtol=0)
+    # Two softmaxes that are merged round otherwise than one: some units in the last place. Among
+    # the few levels of "quantized" that is enough for a number to be rounded the other way.
+    atol = 2e-4 if compressor == "quantized" else 5e-6
+    assert_close(single, general, atol=atol, rtol=0)
+    assert_close(ahead, general, atol=atol, rtol=0)
 
 
 def test_which_passes_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:

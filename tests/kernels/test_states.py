@@ -9,7 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adms import enable_adms_llm
 from adms.entries import TokenShape
+from adms.kernels import states as kernel_states
 from adms.kernels.parts import decode
+from adms.kernels.states import decode_by_tables
 from adms.stack import run_of
 from tests.kernels.material import (
     DEVICE,
@@ -21,23 +23,33 @@ from tests.kernels.material import (
 )
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_triton = pytest.mark.skipif(not RUNS_TRITON, reason="a GPU, or TRITON_INTERPRET=1")
+# By lookups on a CPU; by the kernel on a GPU, or on a CPU in the interpreter.
+KERNELS = [False] + [True] * RUNS_TRITON
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
 
-@needs_triton
+def choose(fused: bool, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Has codes decoded by the kernel, or by lookups; and where."""
+    monkeypatch.setattr(kernel_states, "KERNEL_DEVICES", (DEVICE.type,) if fused else ())
+    return DEVICE if fused else torch.device("cpu")
+
+
+@pytest.mark.parametrize("fused", KERNELS)
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(
     ("name", "heads", "size"), [("low_rank", 3, 20), ("low_rank", 2, 32), ("quantized", 3, 16)]
 )
 def test_codes_are_what_their_coder_decodes(
-    name: str, heads: int, size: int, dtype: torch.dtype
+    name: str,
+    heads: int,
+    size: int,
+    dtype: torch.dtype,
+    fused: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from adms.kernels.states_triton import fused_states
-
     part, expected = coded_part(name, 2, heads, 45, size)
-    records, tables = moved([part.records, part.tables], DEVICE)
-    found = fused_states(tables, records, TokenShape(heads, size, size), dtype)
+    records, tables = moved([part.records, part.tables], choose(fused, monkeypatch))
+    found = decode_by_tables(tables, records, TokenShape(heads, size, size), dtype)
     tolerance = TOLERANCES[dtype]
     assert found.keys.dtype == found.values.dtype == dtype
     for own, states in ((expected.keys, found.keys), (expected.values, found.values)):
@@ -48,16 +60,16 @@ def test_codes_are_what_their_coder_decodes(
         assert_close(found.log_weight.cpu(), expected.log_weight)
 
 
-@needs_triton
+@pytest.mark.parametrize("fused", KERNELS)
 @pytest.mark.parametrize("blocks", [1, 2, 4])
-def test_blocks_of_heads_with_bases_of_their_own(blocks: int) -> None:
+def test_blocks_of_heads_with_bases_of_their_own(
+    blocks: int, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows that choose their directions, weights, and records cut before their last codes."""
-    from adms.kernels.states_triton import fused_states
-
     part = blocked_part(2, 4, 70, 16, blocks)
     expected = decode(part, 4)
-    records, tables = moved([part.records, part.tables], DEVICE)
-    found = fused_states(tables, records, TokenShape(4, 16, 16), torch.float32)
+    records, tables = moved([part.records, part.tables], choose(fused, monkeypatch))
+    found = decode_by_tables(tables, records, TokenShape(4, 16, 16), torch.float32)
     for own, states in zip(expected, (found.keys, found.values), strict=True):
         assert_close(states.cpu(), own, atol=1e-4, rtol=1e-4)
     assert found.log_weight is not None
@@ -88,10 +100,13 @@ def test_a_stream_read_through_the_kernel_is_the_plain_one(compressor: str) -> N
     assert_close(*logits, atol=1e-3, rtol=1e-3)
 
 
-@needs_triton
+@pytest.mark.parametrize("fused", KERNELS)
 @pytest.mark.parametrize("compressor", ["low_rank", "quantized"])
-def test_layers_that_lie_side_by_side_are_read_at_once(compressor: str) -> None:
+def test_layers_that_lie_side_by_side_are_read_at_once(
+    compressor: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows of each layer under its own basis, landmarks too."""
+    device = choose(fused, monkeypatch)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=97,
@@ -102,10 +117,10 @@ def test_layers_that_lie_side_by_side_are_read_at_once(compressor: str) -> None:
         num_key_value_heads=3,
         max_position_embeddings=2048,
     )
-    model = LlamaForCausalLM(config).eval().to(DEVICE)
+    model = LlamaForCausalLM(config).eval().to(device)
     sizes = {"start_size": 4, "compressed_budget": 64, "recent_size": 32}
     cache = enable_adms_llm(model, **sizes, compressor_type=compressor, kernel="torch")
-    ids = (draw(2, 400, seed=3) * 30).long().remainder(97).to(DEVICE)
+    ids = (draw(2, 400, seed=3) * 30).long().remainder(97).to(device)
     with torch.no_grad():
         model(ids, past_key_values=cache)
     stack = run_of(cache.layers)
