@@ -305,17 +305,23 @@ class Binding:
         if config.importance_ratio == 0:
             return None, coded_bytes
         equal_bytes = (self.sizes.budget - self.sizes.waiting) * token_bytes
-        codes = compressor.bind(context, equal_bytes, config)
         kind = HeadLandmarkStore if config.use_adaptive_budget else LandmarkStore
-        store = kind.within(shape, dtype, int(equal_bytes * config.importance_ratio), codes)
-        if store.count < config.min_importance_tokens:
-            least = kind(shape, dtype, config.min_importance_tokens, codes)
-            # At most half, so that a small budget still codes something.
-            store = least if least.nbytes <= self.exact_tokens * token_bytes // 2 else store
-        if not store.count:
-            return None, coded_bytes
-        # The landmarks start aligned, which can cost up to one step.
-        return store, max(0, coded_bytes - store.nbytes - ALIGNMENT)
+        room = equal_bytes
+        # What codes the rest may be another coder than for all of the bytes; landmarks are its own.
+        for _ in range(2):
+            codes = compressor.bind(context, room, config)
+            store = kind.within(shape, dtype, int(equal_bytes * config.importance_ratio), codes)
+            if store.count < config.min_importance_tokens:
+                least = kind(shape, dtype, config.min_importance_tokens, codes)
+                # At most half, so that a small budget still codes something.
+                store = least if least.nbytes <= self.exact_tokens * token_bytes // 2 else store
+            if not store.count:
+                break
+            # The landmarks start aligned, which can cost up to one step.
+            room = max(0, coded_bytes - store.nbytes - ALIGNMENT)
+            if type(compressor.bind(context, room, config)) is type(codes):
+                return store, room
+        return None, coded_bytes
 
     def max_layer_bytes(self, layer_idx: int, layer: Any) -> int:
         """Most bytes that one row of this layer ever takes."""
@@ -328,7 +334,8 @@ class Binding:
                 shape = TokenShape(keys.shape[1], keys.shape[3], values.shape[3])
         token = shape.num_elements * dtype.itemsize
         if kind.plain is not None:
-            return (kind.plain_tokens + self.sizes.chunk) * token
+            # The ring, the pass under way, and whether it was finite.
+            return (kind.plain_tokens + self.sizes.chunk) * token + 1
         total = (self.sizes.sink + self.sizes.ring) * token
         plan = self.middle_plan(layer_idx, shape, dtype, self.sizes)
         total += plan.arena_bytes if plan is not None else 0

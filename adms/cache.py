@@ -17,6 +17,7 @@ from adms.errors import ADMSTypeError, ADMSValueError, CacheStateError
 from adms.layer import ADMSLayer
 from adms.stack import lay_together
 from adms.summary import in_one_line, summarize
+from adms.tiers.window import WindowLayer
 from adms.transaction import TransactionalCache
 
 
@@ -87,7 +88,8 @@ class ADMSKVCache(TransactionalCache):
         """Entries that attention in this layer reads, of the fullest row."""
         layer = self.layers[layer_idx]
         if self.timeline is None or not isinstance(layer, ADMSLayer):
-            return layer.get_seq_length()
+            seen = layer.get_seq_length()
+            return min(seen, layer.slots) if isinstance(layer, WindowLayer) else seen
         counts = [0]
         for row in range(self.timeline.batch_size):
             seen, evicted = self.timeline.seen[row], self.timeline.evicted[row]
@@ -179,6 +181,12 @@ class ADMSKVCache(TransactionalCache):
             # Attention stores them on its way. Which layer it is must not be asked here, see
             # ``compiled_layers``.
             return key_states, value_states
+        # Under autocast products come in its dtype, what rotates them in the model's. (Positions
+        # that a family stores beside its states are neither.)
+        is_cast = torch.is_autocast_enabled(key_states.device.type)
+        if is_cast and value_states.shape[3] > 1:
+            dtype = self.binding_for_use.dtype
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -225,6 +233,7 @@ class ADMSKVCache(TransactionalCache):
             timeline = self.timeline
             if timeline is None:
                 return
+            self.require_whole()
             order = rows.tolist()
             if not order or min(order) < 0 or max(order) >= timeline.batch_size:
                 raise ADMSValueError(

@@ -101,6 +101,11 @@ class Commit:
         """Works out everything without changing anything."""
         if not self.moves_tokens:
             return
+        # Codes are searched and fitted in float32, whatever the model's own products are cast to.
+        with torch.autocast(self.view.device.type, enabled=False):
+            self._prepare()
+
+    def _prepare(self) -> None:
         leaving = map(int.__sub__, self.evicted_after, self.timeline.evicted)
         tokens = self.timeline.batch_size * max(self.view.columns, *leaving)
         self.works = [self._work(stack) for stack in stacks_of(self.layers, tokens)]

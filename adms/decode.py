@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adms import compat
 from adms.binding import PositionScheme
 from adms.cache import ADMSKVCache
 from adms.errors import ADMSValueError
@@ -96,6 +97,18 @@ def _obstacle(
         return "the model has moved to another device, or is on several"
     if not all(view.new) or view.column_valid is not None:
         return "a row has no token in this pass"
+    if decoder.training:
+        return "the model is in training mode; call model.eval()"
+    if torch.is_autocast_enabled(view.device.type):
+        return "autocast is on"
+    config: Any = decoder.config
+    for name in ("output_hidden_states", "output_attentions"):
+        if arguments.get(name) is None and getattr(config, name, False):
+            return f"the model's config asks for {name}"
+    # transformers' own "sdpa" leaves the cap out, and so do the tiers over it.
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    if capped and not compat.get_attention(config).endswith("sdpa"):
+        return "the model caps its scores"
     given = [name for name, value in arguments.items() if value is not None and value is not False]
     extra = set(given) - KNOWN
     if extra:

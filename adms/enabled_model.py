@@ -35,11 +35,18 @@ def install(model: nn.Module, family: Family) -> Installation:
     """Puts these in place of the model's own, all or none."""
     installation = Installation(family, weakref.ref(model))
     decoder = family.decoder(model)
+    if decoder in _DECODERS:
+        raise CacheStateError(
+            f"the decoder of this {type(model).__name__} is enabled already, through a model "
+            "around or inside of it; use that one, or disable_adms it first"
+        )
     try:
         installation.undo += family.install(decoder)
         installation.undo += family.install_model(model)
         if family.uses_attention_interface:
-            installation.undo.append(_install_attention(decoder))
+            installation.attention = _install_attention(decoder)
+            undo = partial(_uninstall_attention, decoder.config, installation)
+            installation.undo.append(undo)
         installation.undo.append(_install_forward(decoder))
         _DECODERS[decoder] = installation
         installation.undo.append(partial(_forget_decoder, weakref.ref(decoder)))
@@ -60,17 +67,54 @@ def _registered_name(base: str) -> str:
     return "adms_" + base.replace("flash", "fa")
 
 
-def _install_attention(decoder: nn.Module) -> Undo:
-    """Registers the attention function over the one in force and puts it in force."""
+def _install_attention(decoder: nn.Module) -> tuple[str, str]:
+    """Registers the attention function over the one in force and puts it in force.
+
+    Returns:
+        Its name, and the name of the one in force before.
+    """
     config: Any = decoder.config
     base = compat.get_attention(config)
+    sharing = _sharing(config)
+    if sharing:
+        # Another model of this config has been enabled.
+        return sharing[0]
     name = _registered_name(base)
     if name not in ALL_ATTENTION_FUNCTIONS:
         ALL_ATTENTION_FUNCTIONS.register(name, partial(adms_attention, base=base))
         if base in ALL_MASK_ATTENTION_FUNCTIONS:
             ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     compat.set_attention(config, name)
-    return partial(compat.set_attention, config, base)
+    return name, base
+
+
+def _uninstall_attention(config: Any, installation: Installation) -> None:
+    """Puts the function before back in force, unless the user has chosen another meanwhile."""
+    name, base = installation.attention or (None, None)
+    # Called while this model's decoder is no longer among those that are enabled.
+    if base is not None and compat.get_attention(config) == name and not _sharing(config):
+        compat.set_attention(config, base)
+
+
+def _sharing(config: Any) -> list[tuple[str, str]]:
+    """What is in force by the enabled models of one config."""
+    enabled: list[tuple[Any, Installation]] = list(_DECODERS.items())
+    return [one.attention for own, one in enabled if own.config is config and one.attention]
+
+
+def _require_attention(decoder: nn.Module, installation: Installation) -> None:
+    """Refuses a model whose attention no longer reads the tiers."""
+    config: Any = decoder.config
+    if installation.attention is None:
+        return
+    name, _ = installation.attention
+    found = compat.get_attention(config)
+    if found != name:
+        raise CacheStateError(
+            f"the model's attention implementation was changed to {found!r} after "
+            "enable_adms_llm, so it would not read the cache; call disable_adms(model) and "
+            "enable_adms_llm(model) again, and go on with a new cache or a saved session"
+        )
 
 
 def adms_attention(
@@ -107,16 +151,20 @@ def adms_attention(
     layer_idx: Any = module.layer_idx
     if step is not None:
         return step.attend(layer_idx, query, key, value, scaling), None
-    output = attend_layer(
-        adms_cache,
-        layer_idx,
-        query,
-        scaling,
-        dropout=kwargs.get("dropout", 0.0),
-        # transformers' own "sdpa" has none; a model that asks for both runs without it there.
-        softcap=None if base == "sdpa" else kwargs.get("softcap"),
-    )
-    return output.contiguous(), None
+    dtype, device = query.dtype, query.device.type
+    if torch.is_autocast_enabled(device):
+        query = query.to(adms_cache.binding_for_use.dtype)
+    with torch.autocast(device, enabled=False):
+        output = attend_layer(
+            adms_cache,
+            layer_idx,
+            query,
+            scaling,
+            dropout=kwargs.get("dropout", 0.0),
+            # transformers' own "sdpa" has none; a model that asks for both runs without it there.
+            softcap=None if base == "sdpa" else kwargs.get("softcap"),
+        )
+    return output.to(dtype).contiguous(), None
 
 
 def _base_function(module: nn.Module, base: str) -> Callable[..., Any]:
@@ -141,6 +189,7 @@ def _decoder_forward(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
             "this model is a copy of an enabled one; call enable_adms_llm on the copy and use the "
             "cache it returns"
         )
+    _require_attention(decoder, installation)
     if named.get("use_cache") is False:
         raise ADMSValueError("use_cache=False with an ADMSKVCache stores nothing; leave it out")
     if cache.binding is None or cache.binding.model_key is not installation.model_key:

@@ -57,6 +57,8 @@ class Installation:
     model_key: weakref.ReferenceType[nn.Module]
     undo: list[Undo] = field(default_factory=list)
     active: bool = True
+    #: names of the attention function in force, and of the one before; None: the family's own
+    attention: tuple[str, str] | None = None
     own_calibration: Calibration | None = None
 
     def _own_calibration(self, model: nn.Module) -> Calibration:

@@ -259,6 +259,7 @@ def fit_to_own_texts(model: nn.Module, calibration: Calibration, seed: int = 0) 
     generator = torch.Generator().manual_seed(seed)
     cache = ObservingCache(OWN_TOKENS, 1, calibration, generator)
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    writes = model.get_output_embeddings() is not None  # type: ignore[operator]
     vocabulary, device = embeddings.weight.shape[0], embeddings.weight.device
     if device.type == "meta":
         # Offloaded weights are brought in by hooks, which take inputs from anywhere.
@@ -268,7 +269,7 @@ def fit_to_own_texts(model: nn.Module, calibration: Calibration, seed: int = 0) 
         for _ in range(OWN_TOKENS):
             output = model(ids.to(device), past_key_values=cache)
             logits = getattr(output, "logits", None)
-            if logits is None:
+            if logits is None or not writes:
                 ids = torch.randint(vocabulary, (texts, 1), generator=generator)
                 continue
             weights = torch.softmax(logits[:, -1].float(), dim=-1).cpu()

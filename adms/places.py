@@ -61,7 +61,8 @@ class MiddleView:
     Attributes:
         num_entries: entries to read.
         positions: ``[R, N]`` float cache positions.
-        tokens: ``[R, N]`` text positions (of an entry for several tokens, their mean).
+        tokens: ``[R, N]`` text positions (of an entry for several tokens, their mean), counted from
+            ``Places.first``, so that they are exact however long the stream.
         valid: ``[R, N]`` which entries are there.
         order: ``[R, N]`` the entries' numbers from the oldest.
     """
@@ -171,7 +172,7 @@ class Places:
     @functools.cached_property
     def _old(self) -> torch.Tensor:
         """Positions ``[R, 1]`` that landmarks without a code would like to have."""
-        return (self.total > self.held) * float(self._middle.landmarks)
+        return (self.total > self.held).float() * self._middle.landmarks
 
     @functools.cached_property
     def _wanted(self) -> torch.Tensor:
@@ -183,7 +184,7 @@ class Places:
             case "mean":
                 return self.held + self._old
             case _:
-                return (entries + self.held) / 2 + self._old
+                return (entries + self.held).float() / 2 + self._old
 
     @functools.cached_property
     def _span(self) -> torch.Tensor:
@@ -212,23 +213,26 @@ class Places:
             rest = (records - whole).clamp(min=1, max=cut)
             cut_record = newest - (newest - (slot - whole)) % rest
             record = torch.where((slot < whole) | (records == whole), record, cut_record)
+        # From the oldest record, in integers: what counts from the stream's beginning may be more
+        # than a float can tell apart.
+        oldest = last + 1 - records
+        within, rank = index % per_record, record - oldest
+        order = rank * per_record + within
         # Entries of one record share its tokens evenly.
-        within = index % per_record
-        tokens = record * block + (within + 0.5) * (block / per_record) - 0.5
-        order = (record - (last + 1 - records)) * per_record + within
-        by_mean = tokens - (self.total - self.held)
+        share = (within.float() + 0.5) * (block.float() / per_record.float()) - 0.5
+        tokens = (rank * block + oldest * block - (self.total - self.held)).float() + share
         match self.anchor_mode:
             case "grid":
                 place = order.float()
             case "mean":
-                place = by_mean
+                place = tokens
             case _:
-                place = (order.float() + by_mean) / 2
+                place = (order.float() + tokens) / 2
         positions = sink + (self._old + place) * self._scale
         if self.text_positions:
-            positions = sink + tokens
+            positions = self.first.float() + tokens
         valid = index < records * per_record
-        return MiddleView(width, positions.float(), sink + tokens, valid, order)
+        return MiddleView(width, positions.float(), tokens, valid, order)
 
     def landmarks(self, tokens: torch.Tensor) -> torch.Tensor:
         """Cache positions ``[B, M]`` of landmarks at text positions ``tokens``.
@@ -239,14 +243,14 @@ class Places:
         if self.text_positions:
             return tokens.clamp(min=0).float()
         device, sink = tokens.device, self.sizes.sink
-        scale, first = self._scale.to(device), self.first.float().to(device)
+        scale, first = self._scale.to(device), self.first.to(device)
         span = self._old.to(device) * scale
-        among_codes = sink + span + (tokens - first) * scale
+        among_codes = sink + span + (tokens - first).float() * scale
         is_old = (tokens >= 0) & (tokens < first)
         rank = ranks(torch.where(is_old, tokens, 2**40).argsort(1)).float()
         count = is_old.sum(1, keepdim=True).clamp(min=1)
         by_grid = (rank + 0.5) / count
-        by_mean = (tokens - sink + 0.5) / (first - sink).clamp(min=1)
+        by_mean = ((tokens - sink).float() + 0.5) / (first - sink).clamp(min=1).float()
         match self.anchor_mode:
             case "grid":
                 place = by_grid

@@ -128,8 +128,10 @@ def load_session(path: str | os.PathLike[str], model: nn.Module, **arguments: An
         arguments["calibration"] = given or stored
     was_enabled = is_enabled(model)
     try:
-        cache = _enabled(model, config, reader, arguments)
-        reader.fill(cache, host)
+        # What is allocated in inference mode could never be written outside of it again.
+        with torch.inference_mode(False), torch.no_grad():
+            cache = _enabled(model, config, reader, arguments)
+            reader.fill(cache, host)
     except BaseException:
         if not was_enabled:
             disable_adms(model)

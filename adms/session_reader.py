@@ -180,7 +180,9 @@ class SessionReader:
             if isinstance(layer, ADMSLayer):
                 self._fill_adms(cache, layer, timeline, device, parameter.dtype)
             else:
-                self._fill_plain(layer, index, timeline, device, parameter.dtype)
+                # Further layers keep positions beside their states, in full.
+                whole = index >= len(attentions)
+                self._fill_plain(layer, index, timeline, device, parameter.dtype, whole=whole)
         if self._stored_dtype() != _main_dtype(model):
             logger.warning(
                 "%s was saved in %s and is continued in %s, within rounding",
@@ -318,6 +320,8 @@ class SessionReader:
         timeline: Timeline,
         device: torch.device,
         dtype: torch.dtype,
+        *,
+        whole: bool,
     ) -> None:
         described = self.get("layers", list)[index]
         kind = type(layer).__name__
@@ -326,8 +330,9 @@ class SessionReader:
         count = self.get("count", int, described)
         if count != timeline.length:
             raise self.misfit(f"layer {index} has seen {count} columns of {timeline.length}")
-        parts = [self._tensor(index, name) for name in ("keys", "values")]
-        moved = self._moved(parts, index, device, dtype)
+        keys, values = (self._tensor(index, name) for name in ("keys", "values"))
+        moved = self._moved([keys], index, device, dtype)
+        moved += self._moved([values], index, device, values.dtype if whole else dtype)
         layer.lazy_initialization(*moved)
         for name, part in zip(("keys", "values"), moved, strict=True):
             held = getattr(layer, name)

@@ -57,6 +57,8 @@ def stream(
     batch, columns = inputs.shape[:2]
     if columns == 0:
         raise ADMSValueError("the input has no tokens; give at least one")
+    if columns > cache.chunk_tokens:
+        _check_joinable(decoder, arguments)
     valid = column_validity(arguments.get("attention_mask"), cache, batch, columns)
     chunk = cache.chunk_tokens
     bounds = list(range(columns % chunk or min(chunk, columns), columns, chunk)) + [columns]
@@ -164,12 +166,27 @@ def join_outputs(outputs: list[Any], cache: ADMSKVCache) -> Any:
         if parts[0] is not None:
             batch = first.last_hidden_state.shape[0]
             joined[name] = tuple(join(layer, batch) for layer in zip(*parts, strict=True))
-    if first.get("attentions") is not None:
+    return joined
+
+
+def _check_joinable(decoder: nn.Module, arguments: dict[str, Any]) -> None:
+    """Refuses what several chunks cannot give together, before anything is stored."""
+    config: Any = decoder.config
+
+    def asked(name: str) -> Any:
+        given = arguments.get(name)
+        return getattr(config, name, None) if given is None else given
+
+    if asked("output_attentions"):
         raise ADMSValueError(
             "output_attentions is not available for an input longer than prefill_chunk_size, since "
             "every chunk attends to a different cache; shorten the input or leave it out"
         )
-    return joined
+    if asked("output_hidden_states") and asked("return_dict") is False:
+        raise ADMSValueError(
+            "return_dict=False with hidden states is not available for an input longer than "
+            "prefill_chunk_size; leave return_dict out or shorten the input"
+        )
 
 
 def _join_columns(parts: tuple[torch.Tensor, ...], batch: int) -> torch.Tensor:

@@ -103,8 +103,10 @@ class TransactionalCache(Cache):
                 raise CacheStateError(
                     "this cache is in use by another call; give each thread a cache of its own"
                 )
-            self._settle()
-            yield
+            # What is allocated in inference mode could never be written outside of it again.
+            with torch.inference_mode(False), torch.no_grad():
+                self._settle()
+                yield
         finally:
             if self._owner.get("call") is mine:
                 del self._owner["call"]

@@ -207,7 +207,8 @@ def _make_places(
             marks = layer.middle.landmark_tokens().to(view.device)
             there = marks >= 0
             positions.append(view.places(geometry).landmarks(marks))
-            hidden = middle.tokens[:, :, None] == torch.where(there, marks, -1)[:, None]
+            first = view.places(geometry).first
+            hidden = middle.tokens[:, :, None] == torch.where(there, marks - first, -1)[:, None]
             shown += [seen & ~hidden.any(2), there]
         else:
             shown.append(seen)

@@ -189,7 +189,7 @@ class Refiner:
         cells, inverse, counts = (states * self.actions + actions).unique(
             return_inverse=True, return_counts=True
         )
-        mean_errors = torch.zeros(len(cells)).index_add(0, inverse, errors) / counts
+        mean_errors = errors.new_zeros(len(cells)).index_add(0, inverse, errors) / counts
         self.table.view(-1)[cells] += self.alpha * mean_errors
 
     def state_dict(self) -> dict[str, Any]:

@@ -208,10 +208,10 @@ def _middle_parts(
     entries = layer.middle.read(totals, whole)
     if entries is None:
         return []
-    middle = view.middle(geometry)
+    middle, first = view.middle(geometry), view.places(geometry).first
     known = view.middle_valid(geometry)
     if view.forgotten is not None:
-        remembered = middle.tokens >= view.forgotten[:, None]
+        remembered = middle.tokens >= view.forgotten[:, None] - first
         known = remembered if known is None else known & remembered
     positions, tables = _shared(view, "middle", geometry, lambda: middle.positions, scheme, like)
     parts = [Part(_with_valid(entries, known, like.device), positions, tables)]
@@ -227,7 +227,7 @@ def _middle_parts(
             there = there & marks.valid
         parts[0].entries = without_landmarks(
             parts[0].entries,
-            tokens,
+            torch.where(tokens >= 0, tokens - first.to(like.device), -1),
             there,
             middle.tokens.to(like.device),
             geometry,
@@ -257,9 +257,10 @@ def without_landmarks(
 
     Args:
         entries: the codes, ``N`` of them.
-        landmarks: ``[B, L]`` text positions; -1 where there is none.
+        landmarks: ``[B, L]`` text positions, counted as ``places`` are; negative where there is
+            none, or none of these codes is its.
         there: ``[B, 1 or K, L]`` the heads that have each of them.
-        places: ``[B or 1, N]`` text positions of the codes.
+        places: ``[B or 1, N]`` text positions of the codes; see ``MiddleView.tokens``.
         geometry: of the middle.
         middle: the middle.
         totals: tokens that have entered it, per row.
