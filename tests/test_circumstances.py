@@ -1,4 +1,4 @@
-"""What is around a cache while it is used: modes and dtypes of torch, and what is done to models."""
+"""What is around a cache in use: modes and dtypes of torch, and what is done to models."""
 
 import contextlib
 import copy
