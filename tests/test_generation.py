@@ -210,8 +210,67 @@ def test_generate_turn_refuses_what_it_cannot_do() -> None:
         generate_turn(model, cache, torch.zeros(1, 5))
     with pytest.raises(ADMSValueError, match="holds no tokens"):
         generate_turn(model, cache, random_ids(1, 0))
-    with pytest.raises(ADMSValueError, match="beams would leave several"):
-        generate_turn(model, cache, random_ids(1, 5), num_beams=2)
+    with pytest.raises(ADMSValueError, match="max_length=5 leaves no room after 5 new ids"):
+        generate_turn(model, cache, random_ids(1, 5), max_length=5)
+
+
+@pytest.mark.parametrize(
+    ("length", "of_model", "expected"),
+    [
+        ({}, {}, 20),
+        ({"max_new_tokens": 7}, {"max_new_tokens": 33}, 7),
+        ({"generation_config": GenerationConfig(max_new_tokens=50)}, {}, 50),
+        ({}, {"max_new_tokens": 33}, 33),
+        ({"max_length": 60}, {}, 50),
+        ({"generation_config": GenerationConfig(max_length=60)}, {}, 50),
+        ({}, {"max_length": 60}, 50),
+    ],
+    ids=["default", "call", "config", "model", "length", "length-in-config", "length-of-model"],
+)
+def test_generate_turn_keeps_the_length_that_was_asked_for(
+    length: dict[str, Any], of_model: dict[str, int], expected: int
+) -> None:
+    model = tiny_llama()
+    model.generation_config.eos_token_id = None
+    for name, value in of_model.items():
+        setattr(model.generation_config, name, value)
+    cache = small_cache(model)
+    out = generate_turn(model, cache, random_ids(1, 10), do_sample=False, **length)
+    assert out.shape == (1, 10 + expected) and cache.tokens_seen == 10 + expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "of_model", "match"),
+    [
+        ({"num_beams": 2}, {}, "one stream per row"),
+        ({"generation_config": GenerationConfig(num_beams=2)}, {}, "one stream per row"),
+        ({}, {"num_beams": 2}, "one stream per row"),
+        ({"num_return_sequences": 2, "do_sample": True}, {}, "one stream per row"),
+        ({"max_new_token": 5}, {}, "max_new_token"),
+        ({"max_new_tokens": 0}, {}, "greater than 0"),
+        ({"stop_strings": "w5"}, {}, "tokenizer"),
+        ({"assistant_model": "itself"}, {}, "rewinds the cache"),
+        ({}, {"prompt_lookup_num_tokens": 3}, "rewinds the cache"),
+        ({"attention_mask": torch.ones(1, 7)}, {}, "attention_mask has shape"),
+    ],
+)
+def test_a_refused_turn_stores_nothing(
+    arguments: dict[str, Any], of_model: dict[str, int], match: str
+) -> None:
+    model = tiny_llama()
+    for name, value in of_model.items():
+        setattr(model.generation_config, name, value)
+    if "assistant_model" in arguments:
+        arguments = {"assistant_model": model}
+    cache = small_cache(model)
+    feed(model, random_ids(1, 30), cache)
+    # ADMSValueError is a ValueError too; transformers has no other.
+    with pytest.raises((ValueError, CacheStateError), match=match):
+        generate_turn(model, cache, random_ids(1, 10), **arguments)
+    assert cache.tokens_seen == 30
+    # A refused turn leaves nothing behind that later passes would be taken for.
+    feed(model, random_ids(1, 10), cache)
+    assert cache.tokens_seen == 40
 
 
 def test_generate_without_an_adms_cache_is_untouched() -> None:
