@@ -92,10 +92,20 @@ class Turn:
         cache: the turn's cache.
         new_ids: ``[B, Q]``.
         mask: ``[B, Q]``, 0 for padding.
+        eos: ids that end a row; None where nothing does.
     """
 
-    def __init__(self, cache: ADMSKVCache, new_ids: torch.Tensor, mask: torch.Tensor) -> None:
+    def __init__(
+        self,
+        cache: ADMSKVCache,
+        new_ids: torch.Tensor,
+        mask: torch.Tensor,
+        eos: int | list[int] | torch.Tensor | None,
+    ) -> None:
         self.cache, self.new_ids, self.mask = cache, new_ids, mask
+        # A single row ends the turn, so that nothing follows its end.
+        self.eos = None if eos is None or len(new_ids) == 1 else torch.as_tensor(eos).cpu()
+        self.ended = torch.zeros(len(new_ids), 1, dtype=torch.bool)
         self.begun = False
 
     def passes(self, call: dict[str, Any]) -> list[dict[str, Any]]:
@@ -106,7 +116,9 @@ class Turn:
         """
         ids = call["input_ids"]
         if self.begun:
-            return [call]
+            if self.eos is None:
+                return [call]
+            return [{**call, "attention_mask": self._unended(torch.isin(ids.cpu(), self.eos))}]
         if len(ids) != len(self.new_ids):
             raise ADMSValueError(
                 "generate_turn keeps one stream per row, and beams or several return sequences "
@@ -122,6 +134,12 @@ class Turn:
             }
             passes.insert(0, before)
         return passes
+
+    def _unended(self, ends: torch.Tensor) -> torch.Tensor:
+        """Which columns are no padding after a row's end, given which are an EOS: ``[B, Q]``."""
+        ended = self.ended | (ends.cumsum(1) > ends)
+        self.ended = ended[:, -1:] | ends[:, -1:]
+        return ~ended
 
 
 # The turn under way in this thread.
@@ -145,7 +163,10 @@ def generate_turn(
     """Goes on with new ids alone, in the time and memory of those.
 
     Everything of the turn, its last generated token included, is in the cache afterwards, so turns
-    simply follow each other. A call that ``generate`` or ADMS refuses stores nothing.
+    simply follow each other. In a batch a row stores nothing after its EOS; padding after another
+    end (``stop_strings``, ``stopping_criteria``) is stored like any token, and
+    ``kernel="triton"``, which has no pass without a token for a row, raises there. A call that
+    ``generate`` or ADMS refuses stores nothing.
 
     Args:
         model: an enabled model.
@@ -179,7 +200,7 @@ def generate_turn(
     # pass, after all its checks. What the mask says of the past is never read: padding there was
     # not stored.
     past = torch.ones(len(new_ids), seen, dtype=mask.dtype, device=mask.device)
-    turn = _TURN.set(Turn(cache, new_ids, mask))
+    turn = _TURN.set(Turn(cache, new_ids, mask, asked(model, arguments, "eos_token_id")))
     try:
         produced = model.generate(
             new_ids[:, -1:],
