@@ -21,7 +21,7 @@ from adms.attention.window import attend_layer
 from adms.cache import ADMSKVCache
 from adms.compiled_layers import step_attention
 from adms.errors import ADMSValueError, CacheStateError
-from adms.generation import check_generate
+from adms.generation import check_generate, passes_of
 from adms.installation import Installation, Undo
 from adms.patches import Family
 from adms.patches.base import bind_method, modeling_function
@@ -195,7 +195,9 @@ def _decoder_forward(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if cache.binding is None or cache.binding.model_key is not installation.model_key:
         cache.bind(installation.binding(cache.config))
     family = installation.family
-    return stream(decoder, forward, cache, named, family.adjust, family.prepare)
+    for call in passes_of(cache, named):
+        output = stream(decoder, forward, cache, call, family.adjust, family.prepare)
+    return output
 
 
 def _install_forward(decoder: nn.Module) -> Undo:
@@ -212,5 +214,5 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """``generate`` of an enabled model: refuses what could only go wrong silently."""
     own: Any = type(model)
     generate = types.MethodType(own.generate, model)
-    check_generate(args, kwargs)
+    check_generate(model, args, kwargs)
     return generate(*args, **kwargs)

@@ -180,3 +180,14 @@ def test_an_unknown_kind_of_layer_is_refused() -> None:
     model.config.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(UnsupportedModelError, match="linear_attention"):
         enable_adms_llm(model)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_that_ends_early_stores_nothing_after_it(name: str) -> None:
+    model, batch = tiny(name), ids(2, 20, seed=1)
+    dry = generate_turn(model, enable_adms_llm(model, SMALL), batch, **GREEDY)[:, 20:].tolist()
+    ends = [next((at for at, token in enumerate(row) if token == dry[0][0]), 7) for row in dry]
+    cache = enable_adms_llm(model, SMALL)
+    generate_turn(model, cache, batch, **{**GREEDY, "eos_token_id": dry[0][0]})
+    assert cache.timeline is not None
+    assert ends[0] == 0 and cache.timeline.seen == [21 + at for at in ends]

@@ -11,6 +11,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     DynamicCache,
     GenerationConfig,
+    LogitsProcessor,
     PreTrainedTokenizerFast,
     TextIteratorStreamer,
     pipeline,
@@ -21,6 +22,21 @@ from tests.streams import VOCABULARY, feed, random_ids, small_cache, tiny_llama
 
 # Greedy decoding of random models ends at random otherwise.
 LONG: dict[str, Any] = {"max_new_tokens": 24, "min_new_tokens": 24, "pad_token_id": 0}
+
+
+class EndsRow(LogitsProcessor):
+    """Has one row of a batch, and no other, draw ``eos`` as its token number ``after``."""
+
+    def __init__(self, row: int, after: int, eos: int) -> None:
+        self.row, self.after, self.eos = row, after, eos
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, self.eos] = -torch.inf
+        if self.after == 0:
+            scores[self.row] = -torch.inf
+            scores[self.row, self.eos] = 0.0
+        self.after -= 1
+        return scores
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -210,8 +226,99 @@ def test_generate_turn_refuses_what_it_cannot_do() -> None:
         generate_turn(model, cache, torch.zeros(1, 5))
     with pytest.raises(ADMSValueError, match="holds no tokens"):
         generate_turn(model, cache, random_ids(1, 0))
-    with pytest.raises(ADMSValueError, match="beams would leave several"):
-        generate_turn(model, cache, random_ids(1, 5), num_beams=2)
+    with pytest.raises(ADMSValueError, match="max_length=5 leaves no room after 5 new ids"):
+        generate_turn(model, cache, random_ids(1, 5), max_length=5)
+
+
+@pytest.mark.parametrize(
+    ("length", "of_model", "expected"),
+    [
+        ({}, {}, 20),
+        ({"max_new_tokens": 7}, {"max_new_tokens": 33}, 7),
+        ({"generation_config": GenerationConfig(max_new_tokens=50)}, {}, 50),
+        ({}, {"max_new_tokens": 33}, 33),
+        ({"max_length": 60}, {}, 50),
+        ({"generation_config": GenerationConfig(max_length=60)}, {}, 50),
+        ({}, {"max_length": 60}, 50),
+    ],
+    ids=["default", "call", "config", "model", "length", "length-in-config", "length-of-model"],
+)
+def test_generate_turn_keeps_the_length_that_was_asked_for(
+    length: dict[str, Any], of_model: dict[str, int], expected: int
+) -> None:
+    model = tiny_llama()
+    model.generation_config.eos_token_id = None
+    for name, value in of_model.items():
+        setattr(model.generation_config, name, value)
+    cache = small_cache(model)
+    out = generate_turn(model, cache, random_ids(1, 10), do_sample=False, **length)
+    assert out.shape == (1, 10 + expected) and cache.tokens_seen == 10 + expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "of_model", "match"),
+    [
+        ({"num_beams": 2}, {}, "one stream per row"),
+        ({"generation_config": GenerationConfig(num_beams=2)}, {}, "one stream per row"),
+        ({}, {"num_beams": 2}, "one stream per row"),
+        ({"num_return_sequences": 2, "do_sample": True}, {}, "one stream per row"),
+        ({"max_new_token": 5}, {}, "max_new_token"),
+        ({"max_new_tokens": 0}, {}, "greater than 0"),
+        ({"stop_strings": "w5"}, {}, "tokenizer"),
+        ({"assistant_model": "itself"}, {}, "rewinds the cache"),
+        ({}, {"prompt_lookup_num_tokens": 3}, "rewinds the cache"),
+        ({"attention_mask": torch.ones(1, 7)}, {}, "attention_mask has shape"),
+    ],
+)
+def test_a_refused_turn_stores_nothing(
+    arguments: dict[str, Any], of_model: dict[str, int], match: str
+) -> None:
+    model = tiny_llama()
+    for name, value in of_model.items():
+        setattr(model.generation_config, name, value)
+    if "assistant_model" in arguments:
+        arguments = {"assistant_model": model}
+    cache = small_cache(model)
+    feed(model, random_ids(1, 30), cache)
+    # ADMSValueError is a ValueError too; transformers has no other.
+    with pytest.raises((ValueError, CacheStateError), match=match):
+        generate_turn(model, cache, random_ids(1, 10), **arguments)
+    assert cache.tokens_seen == 30
+    # A refused turn leaves nothing behind that later passes would be taken for.
+    feed(model, random_ids(1, 10), cache)
+    assert cache.tokens_seen == 40
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
+def test_a_row_of_a_batch_stores_nothing_after_its_end(do_sample: bool) -> None:
+    model = tiny_llama()
+    ids, more = random_ids(2, 300), random_ids(2, 30, seed=5)
+    cache = small_cache(model)
+    out = generate_turn(
+        model,
+        cache,
+        ids,
+        do_sample=do_sample,
+        max_new_tokens=40,
+        eos_token_id=[VOCABULARY - 1, 2],
+        logits_processor=[EndsRow(0, after=5, eos=2)],
+        # As tokenizers without a padding token have it.
+        pad_token_id=2,
+    )
+    after = feed(model, more, cache)
+    for index, row in enumerate(out[:, 300:].tolist()):
+        end = next((at + 1 for at, token in enumerate(row) if token in (VOCABULARY - 1, 2)), 40)
+        assert index == 1 or end <= 6
+        alone = small_cache(model)
+        feed(model, ids[index : index + 1, :-1], alone)
+        feed(model, out[index : index + 1, 299 : 300 + end], alone, step=1)
+        assert cache.timeline is not None and cache.timeline.seen[index] == 300 + end + 30
+        torch.testing.assert_close(
+            after[index : index + 1],
+            feed(model, more[index : index + 1], alone),
+            atol=2e-4,
+            rtol=2e-4,
+        )
 
 
 def test_generate_without_an_adms_cache_is_untouched() -> None:
