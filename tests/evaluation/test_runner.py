@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from adms import ADMSConfig, ADMSError, ADMSValueError
 from adms.evaluation import run_folder, runner
@@ -117,6 +118,37 @@ def test_what_cannot_run_gives_a_note_and_no_figures(
     assert "trained on 256" in full["note"] and "perplexity" not in full
     assert next(row for row in summary if row["method"] == "adms")["perplexity"] > 1
     assert "trained on 256" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("task", "sizes"),
+    [("passkey", {"lengths": (256,)}), ("speed", {"tokens": 250, "decode_tokens": 6})],
+)
+def test_what_is_written_has_no_positions_beyond_the_trained_length(
+    tiny_model_folder: Path, text_file: Path, tmp_path: Path, task: str, sizes: dict[str, Any]
+) -> None:
+    """Learned positions end at the trained length, 256 here; the text alone would fit."""
+    model = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=258,
+            hidden_size=32,
+            ffn_dim=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=256,
+            word_embed_proj_dim=32,
+        )
+    )
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model_folder).save_pretrained(folder)
+    evaluation = small(
+        folder,
+        text_file,
+        **{"tasks": (task,), "depths": (0.5,), "trials": 1, "methods": ("full", "adms"), **sizes},
+    )
+    full, ours = run_evaluation(evaluation, tmp_path / "run", command="")
+    assert "trained on 256" in full["note"] and not ours.get("note")
 
 
 @pytest.fixture(scope="module")
