@@ -339,6 +339,26 @@ def test_unwritable_folder(tmp_path: Path) -> None:
         RunFolder(tmp_path / "file" / "run", {})
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"{"),
+        ("config.json", b"[]"),
+        ("items/a.json", b"\xff"),
+        ("items/a.npz", b""),
+        ("items/a.npz", b"PK\x03\x04"),
+    ],
+)
+def test_damaged_results_are_named(tmp_path: Path, name: str, content: bytes) -> None:
+    folder = RunFolder(tmp_path, {})
+    folder.finish("a", [{"figure": 1}], {"losses": np.ones(3)})
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ADMSValueError, match=f"{name}' is damaged"):
+        again = RunFolder(tmp_path, {})
+        again.rows(["a"])
+        again.arrays("a")
+
+
 def test_a_missing_text_is_nobodys_result(tiny_model_folder: Path, tmp_path: Path) -> None:
     """Nothing is kept of it: with the text there, the same run gives figures for every method."""
     text = tmp_path / "text.txt"
