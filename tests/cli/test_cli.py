@@ -130,6 +130,11 @@ def test_mistakes_are_one_line_and_exit_code_2(
     [
         (["stream", "absent.txt"], "cannot read 'absent.txt'"),
         (["stream", "--generate", "-1"], "--generate must be at least 0"),
+        (["stream", "--seed", "99999999999999999999"], "--seed must be of 64 bits"),
+        (["chat", "--seed", "99999999999999999999"], "--seed must be of 64 bits"),
+        (["stream", "--temperature", "1e-40"], "--temperature must be finite and at least 1e-06"),
+        (["stream", "--temperature", "nan"], "--temperature must be finite"),
+        (["stream", "--temperature", "inf"], "--temperature must be finite"),
         (["chat", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
         (["chat", "--model", "./absent"], "no model folder"),
     ],
@@ -169,5 +174,7 @@ def test_names_in_tables_are_no_markup(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_wrong_values_of_options_are_exit_code_2() -> None:
-    result = invoke("eval", "--tokens", "many")
-    assert result.exit_code == 2 and "Traceback" not in result.output
+    for option in (("--tokens", "many"), ("--seed", "-1")):
+        result = invoke("eval", "--model", "./absent", *option)
+        assert result.exit_code == 2 and "Traceback" not in result.output
+        assert option[0] in result.stderr
