@@ -18,6 +18,10 @@ def ready_folder(path: str | os.PathLike[str]) -> Path:
         ADMSValueError: it cannot be made or written to.
     """
     folder = Path(path)
+    if folder.is_file():
+        raise ADMSValueError(
+            f"cannot write results to {str(folder)!r}: it is a file; name a folder"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.NamedTemporaryFile(dir=folder).close()
