@@ -11,7 +11,6 @@ Shapes: ``S`` blocks of KV heads with a basis each, ``J`` channels of a block.
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 
 from adms.entries import TokenShape
 from adms.errors import ADMSValueError
+from adms.outputs import replaced
 from adms.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -223,17 +223,15 @@ class Calibration:
         """Writes a safetensors file; of several ranks the first one does.
 
         Raises:
-            ADMSValueError: nothing is fitted yet.
+            ADMSValueError: nothing is fitted yet, or the file cannot be written.
         """
         if not self.is_fitted:
             raise ADMSValueError("this calibration is not fitted yet; call adms.calibrate first")
-        target = Path(path)
-        beside = target.with_name(f"{target.name}.part")
         if self.ranks.rank > 0:
             return
         state = {name: part.cpu().contiguous() for name, part in self.state().items()}
-        save_file(state, beside, metadata={"format": FORMAT, "source": self.source})
-        os.replace(beside, target)
+        with replaced(path) as partial:
+            save_file(state, partial, metadata={"format": FORMAT, "source": self.source})
 
 
 def read_calibration(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], str]:

@@ -11,6 +11,7 @@ from adms.calibration import Calibration
 from adms.enable import disable_adms, enable_streaming_llm, host_of, is_enabled
 from adms.errors import ADMSTypeError, ADMSValueError
 from adms.moments import fit_to_own_texts, fit_to_texts, plan_calibration
+from adms.outputs import ready_file
 from adms.patches import find_family
 
 
@@ -39,7 +40,7 @@ def calibrate(
 
     Raises:
         ADMSTypeError: an argument of a wrong type.
-        ADMSValueError: no texts, or one without tokens.
+        ADMSValueError: no texts, or one without tokens; or ``path`` cannot be written.
         UnsupportedModelError: the architecture has no patch.
 
     Source: cf. KVTC (2025), arXiv 2511.01815, for bases calibrated once per model; differs in
@@ -49,6 +50,8 @@ def calibrate(
         raise ADMSTypeError(f"model must be a transformers model, got {type(model).__name__}")
     host = host_of(model)
     family = find_family(host)
+    if path is not None:
+        ready_file(path)
     ids = None if texts is None else _ids(_checked(texts), host, tokenizer)
     was_enabled = is_enabled(host)
     calibration = plan_calibration(host, family)

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adms import disable_adms, enable_adms_llm, enable_streaming_llm
 from adms.attention import IntegratedAttentionConfig
+from adms.evaluation.console import user_errors
 from adms.evaluation.models import load_model
 from adms.evaluation.needles import PASSKEY, make_trial
 from adms.evaluation.run_folder import (
@@ -363,4 +364,5 @@ def main(given: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     # Processes that share a machine must not each take all of it.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main()
+    with user_errors():
+        main()

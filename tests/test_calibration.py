@@ -100,6 +100,16 @@ def test_calibrate_saves_and_is_taken_as_object_or_path(tmp_path: Path) -> None:
     assert not torch.equal(outputs[0], feed(model, ids, small_cache(model)))
 
 
+def test_a_path_that_cannot_be_written_is_refused_before_the_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adms.fit.fit_to_texts", lambda *_: pytest.fail("fitted"))
+    (tmp_path / "file").touch()
+    for path, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "b", "cannot write")):
+        with pytest.raises(ADMSValueError, match=message):
+            adms.calibrate(tiny_llama(), [random_ids(1, 300)[0]], path)
+
+
 def test_two_fits_with_one_seed_agree() -> None:
     first, second = adms.calibrate(tiny_llama()), adms.calibrate(tiny_llama())
     assert first.equals(second)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adms.attention.projections import calculate_attention
+from adms.attention.projections import calculate_attention, check_positive
 
 
 def focus(
@@ -44,7 +44,11 @@ def focus(
 
     Returns:
         The output ``[M, H, Q, D]`` and how often each query attended, int64 ``[M, 1, Q, 1]``.
+
+    Raises:
+        ADMSTypeError, ADMSValueError: ``max_iterations`` is no int of at least 1.
     """
+    check_positive("max_iterations", max_iterations)
     out = torch.zeros_like(query)
     active = torch.ones_like(query[:, :1, :, :1], dtype=torch.bool)
     iterations = torch.zeros_like(active, dtype=torch.long)

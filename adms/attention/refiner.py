@@ -111,6 +111,10 @@ class Refiner:
             raise ADMSValueError(f"gamma must be at least 0 and below 1, got {gamma}; use e.g. 0.9")
         if not 0.0 <= epsilon <= 1.0:
             raise ADMSValueError(f"epsilon must be within 0..1, got {epsilon}; 0 never explores")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ADMSTypeError(f"seed must be an int, got {type(seed).__name__}; pass a number")
+        if not -(2**63) <= seed < 2**64:
+            raise ADMSValueError(f"seed must be of 64 bits, got {seed}; use a smaller number")
         self.alpha = float(alpha)
         self.gamma = float(gamma)
         self.epsilon = float(epsilon)

@@ -1,6 +1,7 @@
 """``adms chat``: a terminal chat that never forgets to stay small."""
 
 import contextlib
+import io
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -121,7 +122,18 @@ class Terminal:
     # --- the loop --------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Until the user leaves."""
+        """Until the user leaves, or an error ends the chat; either way the session is saved."""
+        try:
+            self.talk_on()
+        finally:
+            self.save_at_end()
+
+    def talk_on(self) -> None:
+        """Messages and commands until the user leaves."""
+        # Bytes that are no text arrive as surrogates, which `ask` refuses; strict decoding would
+        # lose the lines after them too.
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")
         # With it, a pasted text arrives as one message, and lines can be edited.
         with contextlib.suppress(ImportError):
             import readline
@@ -137,6 +149,9 @@ class Terminal:
             except KeyboardInterrupt:
                 self.console.print("\n[dim]nothing to stop; /quit leaves[/dim]")
                 continue
+            except ADMSValueError as error:
+                self.report(f"error: {error}")
+                continue
             if not text.strip():
                 continue
             if text.startswith("/"):
@@ -144,17 +159,27 @@ class Terminal:
                     break
                 continue
             self.turn(text)
-        self.save_at_end()
 
     def ask(self) -> str:
-        """One message; three double quotes open one of many lines."""
+        """One message; three double quotes open one of many lines.
+
+        Raises:
+            ADMSValueError: it is not UTF-8.
+        """
         text = input("you> " if sys.stdin.isatty() else "")
-        if not text.lstrip().startswith('"""'):
-            return text
-        text = text.lstrip()[3:]
-        while '"""' not in text:
-            text += "\n" + input("...> " if sys.stdin.isatty() else "")
-        return text[: text.index('"""')].strip("\n")
+        if text.lstrip().startswith('"""'):
+            text = text.lstrip()[3:]
+            while '"""' not in text:
+                text += "\n" + input("...> " if sys.stdin.isatty() else "")
+            text = text[: text.index('"""')].strip("\n")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            wrong = len(text[: error.start].encode())
+            raise ADMSValueError(
+                f"your message is not UTF-8 (byte {wrong}) and was left out; convert it"
+            ) from error
+        return text
 
     def turn(self, text: str) -> None:
         """Reads a message and answers it; Ctrl-C ends either and the memory stays consistent."""

@@ -1,5 +1,6 @@
 """A conversation in bounded memory: a turn adds its own tokens, and nothing is encoded again."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,8 @@ from adms.errors import ADMSValueError, SessionFileError
 
 # Tokens of a long message between two reports (and chances to save).
 REPORT_TOKENS = 512
+# Logits divided by less leave float32, and the likeliest token is sure long before.
+LEAST_TEMPERATURE = 1e-6
 
 
 class TurnTemplate:
@@ -119,10 +122,15 @@ class Sampler:
     """
 
     def __init__(self, temperature: float, top_p: float, seed: int | None) -> None:
-        if temperature < 0:
-            raise ADMSValueError(f"--temperature must be at least 0, got {temperature}")
+        if temperature != 0 and not LEAST_TEMPERATURE <= temperature < math.inf:
+            raise ADMSValueError(
+                f"--temperature must be finite and at least {LEAST_TEMPERATURE:g}, or 0 for the "
+                f"likeliest token, got {temperature}"
+            )
         if not 0 < top_p <= 1:
             raise ADMSValueError(f"--top-p must lie in 0..1 and above 0, got {top_p}")
+        if seed is not None and not -(2**63) <= seed < 2**64:
+            raise ADMSValueError(f"--seed must be of 64 bits, got {seed}; use a smaller number")
         self.warpers: LogitsProcessorList | None = None
         if temperature > 0:
             self.warpers = LogitsProcessorList(

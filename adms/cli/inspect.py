@@ -17,6 +17,7 @@ from adms.evaluation.run_folder import markdown_table, write_run
 from adms.evaluation.settings import short_name
 from adms.evaluation.texts import collect_ids
 from adms.evaluation.tiers import FORGOTTEN, MIDDLE, RECENT, SINK, Span, landmarks, spans
+from adms.outputs import ready_folder
 
 # A letter beside the colour, for terminals and eyes without colours.
 _LOOKS = {SINK: ("S", "red"), MIDDLE: ("m", "cyan"), RECENT: ("R", "blue"), FORGOTTEN: (".", "dim")}
@@ -46,8 +47,9 @@ def main(
 
     - `adms inspect --tokens 4096 --output outputs/tiers`
     """
-    with user_errors():
+    with user_errors(on_interrupt="interrupted; nothing was written, run the same command again"):
         config = options.adms_config(start_size, compressed_budget, recent_size, parameters)
+        ready_folder(output)
         loaded, tokenizer = load_model(model, dtype, device)
         cache = enable_adms_llm(loaded, config)
         ids = collect_ids(tokenizer, text, num_tokens=tokens).to(loaded.device)

@@ -91,7 +91,11 @@ Output = Annotated[
 Force = Annotated[
     bool, typer.Option("--force", help="Forget finished work first.", rich_help_panel=_RUN)
 ]
-Seed = Annotated[int, typer.Option(help="Of trials and intervals.", rich_help_panel=_RUN)]
+# Of 32 bits: seeds of trials and steps are made from it, and must not leave 64.
+Seed = Annotated[
+    int,
+    typer.Option(min=0, max=2**32 - 1, help="Of trials and intervals.", rich_help_panel=_RUN),
+]
 
 DEFAULT_MODEL, DEFAULT_TEXT = SMOLLM2, PYDOC
 DEFAULT_METHODS = ",".join(DEFAULT_COMPARISON)

@@ -3,9 +3,11 @@
 import math
 import re
 import sys
+from codecs import getincrementaldecoder
 from collections.abc import Iterator
+from io import IncrementalNewlineDecoder
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, BinaryIO
 
 import torch
 import typer
@@ -19,8 +21,10 @@ from adms.errors import ADMSValueError
 from adms.evaluation.console import user_errors
 from adms.evaluation.models import load_model
 
-# Characters read at a time, and at most this many are held back for a good place to cut.
-BLOCK_CHARACTERS = 4096
+# Bytes read at a time.
+BLOCK_BYTES = 4096
+# At most so many characters are held back for a good place to cut.
+MOST_HELD = 4 * BLOCK_BYTES
 # Before a single space between two words: tokenizers that split at white space never join tokens
 # across it. Text without any (a list of lines) is cut before a line break.
 SPACE_CUT = re.compile(r"(?<=\S)(?= \S)")
@@ -65,7 +69,7 @@ def stream(
         if not cuts_cleanly(tokenizer):
             console.print(
                 "this tokenizer adds a mark where a text begins, so one comes every "
-                f"{BLOCK_CHARACTERS} characters",
+                f"{BLOCK_BYTES} bytes",
                 style="dim",
             )
         with opened_text as text:
@@ -75,16 +79,16 @@ def stream(
         autosave.now(opened.cache)
 
 
-def open_text(source: str) -> TextIO:
-    """A file, or standard input for ``-``.
+def open_text(source: str) -> BinaryIO:
+    """The bytes of a file, or of standard input for ``-``, whatever encoding that is said to have.
 
     Raises:
         ADMSValueError: the file cannot be read.
     """
     if source == "-":
-        return sys.stdin
+        return sys.stdin.buffer
     try:
-        return open(source, encoding="utf-8", newline=None)
+        return open(source, "rb")
     except OSError as error:
         raise ADMSValueError(f"cannot read {source!r}: {error.strerror}") from error
 
@@ -98,25 +102,31 @@ def cuts_cleanly(tokenizer: PreTrainedTokenizerBase) -> bool:
     return whole == [token for part in parts for token in part]
 
 
-def pieces(text: TextIO) -> Iterator[str]:
+def pieces(source: BinaryIO) -> Iterator[str]:
     """A text in pieces that can be encoded one by one; only a bounded part is ever held.
 
     Raises:
-        ADMSValueError: the text is not UTF-8.
+        ADMSValueError: the text is not UTF-8; everything before the wrong byte was given.
     """
-    held = ""
-    try:
-        # A line at a time would hold all of a text without line breaks.
-        while block := text.read(BLOCK_CHARACTERS):
-            held += block
-            cut = _last_cut(held)
-            if cut:
-                yield held[:cut]
-                held = held[cut:]
-    except UnicodeDecodeError as error:
-        raise ADMSValueError(f"the text is not UTF-8 (byte {error.start}); convert it") from error
-    if held:
-        yield held
+    held, count, wrong = "", 0, None
+    decoder = IncrementalNewlineDecoder(getincrementaldecoder("utf-8")(), translate=True)
+    more = True
+    # A line at a time would hold all of a text without line breaks.
+    while more and wrong is None:
+        block = source.read(BLOCK_BYTES)
+        count, more = count + len(block), bool(block)
+        try:
+            held += decoder.decode(block, final=not more)
+        except UnicodeDecodeError as error:
+            # The decoder counts from the first byte of a character that it held back.
+            wrong = count - len(error.object) + error.start
+            held += decoder.decode(block[: max(0, wrong - count + len(block))])
+        cut = _last_cut(held) if more and wrong is None else len(held)
+        if cut:
+            yield held[:cut]
+            held = held[cut:]
+    if wrong is not None:
+        raise ADMSValueError(f"the text is not UTF-8 (byte {wrong}); convert it")
 
 
 def _last_cut(text: str) -> int:
@@ -125,7 +135,7 @@ def _last_cut(text: str) -> int:
         places = [found.start() for found in rule.finditer(text)]
         if places:
             return places[-1]
-    return len(text) if len(text) > 4 * BLOCK_CHARACTERS else 0
+    return len(text) if len(text) > MOST_HELD else 0
 
 
 class StreamRun:
@@ -170,10 +180,14 @@ def read_all(
     console: Console,
     run: StreamRun,
     tokenizer: PreTrainedTokenizerBase,
-    text: TextIO,
+    text: BinaryIO,
     autosave: Autosave,
 ) -> bool:
-    """Streams a whole text; True if Ctrl-C ended it."""
+    """Streams a whole text; True if Ctrl-C ended it.
+
+    Raises:
+        ADMSValueError: the text is not UTF-8; what came before is saved to the session.
+    """
     rate, stopped = Rate(), False
     # A pass's logits over the whole vocabulary are large; a chunk's worth at a time bounds them.
     step = run.cache.sizes.chunk
@@ -188,6 +202,12 @@ def read_all(
                     status.update(f"{status_line(run.cache, rate)} | loss {run.loss:.3f}")
     except KeyboardInterrupt:
         stopped = True
+    except ADMSValueError as error:
+        if autosave.path is None or not run.cache.tokens_seen:
+            raise
+        autosave.now(run.cache)
+        stored = f"{run.cache.tokens_seen:,} tokens are stored in {autosave.path}"
+        raise ADMSValueError(f"{error}; {stored}") from error
     line = f"{status_line(run.cache, rate)} | loss {run.loss:.3f} nats per token"
     if stopped:
         line = f"stopped; what was read is in memory | {line}"

@@ -9,6 +9,7 @@ from adms.cli import options
 from adms.evaluation.console import console, progress, user_errors
 from adms.evaluation.models import load_model
 from adms.evaluation.texts import collect_ids
+from adms.outputs import ready_file
 
 
 def main(
@@ -65,6 +66,7 @@ def main(
             learning_rate=learning_rate,
             seed=seed,
         )
+        ready_file(output)
         loaded, tokenizer = load_model(model, dtype=dtype, device=device)
         ids = collect_ids(
             tokenizer,

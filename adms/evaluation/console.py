@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
@@ -15,6 +16,8 @@ from adms.errors import ADMSError
 
 USER_ERROR = 2
 """Exit code for what the user can put right: a wrong name, file, value."""
+
+RESUMABLE = "interrupted; what was finished is kept, run the same command to go on"
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -24,13 +27,16 @@ def console(*, stderr: bool = False) -> Console:
 
 def print_table(title: str, rows: list[dict[str, Any]], *, caption: str | None = None) -> None:
     """Prints rows of equal keys as a table, numbers to the right."""
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    # Names of files and data sets are no markup.
+    table = Table(
+        title=escape(title), caption=caption, title_justify="left", caption_justify="left"
+    )
     columns = list(rows[0]) if rows else []
     for name in columns:
         numeric = any(isinstance(row[name], int | float) for row in rows)
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(show(row[name]) for name in columns))
+        table.add_row(*(escape(show(row[name])) for name in columns))
     console().print(table)
 
 
@@ -53,11 +59,12 @@ def progress(total: int, what: str, unit: str = "token") -> Any:
 
 
 @contextlib.contextmanager
-def user_errors(*, quiet: bool = True) -> Iterator[None]:
+def user_errors(*, quiet: bool = True, on_interrupt: str = RESUMABLE) -> Iterator[None]:
     """Turns an ``ADMSError`` into one line on standard error and exit code 2.
 
     Args:
         quiet: leave out the notices of libraries, which would bury the line; ADMS's own stay.
+        on_interrupt: the line after Ctrl-C.
     """
     if quiet:
         _calm_libraries()
@@ -68,9 +75,7 @@ def user_errors(*, quiet: bool = True) -> Iterator[None]:
         print(f"error: {line}", file=sys.stderr)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:
-        print(
-            "interrupted; what was finished is kept, run the same command to go on", file=sys.stderr
-        )
+        print(on_interrupt, file=sys.stderr)
         sys.exit(130)
 
 

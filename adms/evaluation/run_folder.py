@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ import torch
 
 import adms
 from adms.errors import ADMSValueError
+from adms.outputs import ready_folder
 
 Row = dict[str, Any]
 Arrays = dict[str, npt.NDArray[Any]]
@@ -168,7 +170,7 @@ class RunFolder:
         self.path = Path(path)
         self.config = json.loads(json.dumps(config, sort_keys=True))
         try:
-            self.items_path.mkdir(parents=True, exist_ok=True)
+            ready_folder(self.items_path)
             self._settle_config()
         except OSError as error:
             raise ADMSValueError(
@@ -183,7 +185,7 @@ class RunFolder:
     def _settle_config(self) -> None:
         file = self.path / "config.json"
         if file.is_file() and any(self.items_path.glob("*.json")):
-            before = json.loads(file.read_text())
+            before = _read_json(file)
             if before != self.config:
                 names = sorted(
                     name
@@ -214,7 +216,7 @@ class RunFolder:
         found: list[Row] = []
         for key in keys:
             if self.is_done(key):
-                found += json.loads(self._item(key).read_text())["rows"]
+                found += _read_json(self._item(key))["rows"]
         return found
 
     def arrays(self, key: str) -> Arrays:
@@ -222,8 +224,11 @@ class RunFolder:
         file = self._item(key).with_suffix(".npz")
         if not file.is_file():
             return {}
-        with np.load(file) as stored:
-            return {name: stored[name] for name in stored.files}
+        try:
+            with file.open("rb") as opened, np.load(opened) as stored:
+                return {name: stored[name] for name in stored.files}
+        except (OSError, EOFError, ValueError, BadZipFile) as error:
+            raise _damaged(file, error) from error
 
     def write_rows(self, keys: Iterable[str]) -> list[Row]:
         """Derives ``rows.csv`` from the finished pieces and returns its rows."""
@@ -233,3 +238,19 @@ class RunFolder:
 
     def _item(self, key: str) -> Path:
         return self.items_path / f"{key.replace('/', '__')}.json"
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"a JSON {type(found).__name__}")
+    except (OSError, ValueError) as error:
+        raise _damaged(file, error) from error
+    return found
+
+
+def _damaged(file: Path, error: Exception) -> ADMSValueError:
+    return ADMSValueError(
+        f"{str(file)!r} is damaged ({error}); run again with --force, or delete the run's folder"
+    )

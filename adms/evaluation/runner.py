@@ -12,6 +12,7 @@ from adms.evaluation.run_folder import Row, RunFolder, environment, write_json
 from adms.evaluation.settings import PERPLEXITY, SPEED, Evaluation
 from adms.evaluation.summary import summarize
 from adms.evaluation.units import Bench, Unit, plan
+from adms.outputs import ready_folder
 
 SUMMARY = "summary.json"
 
@@ -43,6 +44,7 @@ def run_evaluation(
         ADMSValueError: a wrong name, file or size; nothing finished is lost.
     """
     state = this_process()
+    ready_folder(folder)
     if force and state.is_main_process:
         forget(folder)
     state.wait_for_everyone()

@@ -124,7 +124,7 @@ def _scenario(words: dict[str, str]) -> Scenario:
     values: dict[str, object] = dict(words)
     for key in ("samples", "tokens", "log_every", "offset"):
         if key in words:
-            if not words[key].isdigit():
+            if not words[key].isdecimal():
                 raise ADMSValueError(
                     f"{key} of scenario {words['name']!r} must be a whole number, got "
                     f"{words[key]!r}"

@@ -26,7 +26,7 @@ from adms.evaluation.methods import (
 )
 from adms.evaluation.run_folder import Arrays, Row
 from adms.evaluation.settings import PERPLEXITY, SPEED, Evaluation, short_name
-from adms.evaluation.speed import measure_speed
+from adms.evaluation.speed import WARMUP_TOKENS, measure_speed
 from adms.evaluation.statistics import perplexity
 from adms.evaluation.stream import answer, check_length, read, read_only
 from adms.evaluation.texts import collect_ids, decode_ids
@@ -255,7 +255,11 @@ class Bench:
     def _retrieval(
         self, unit: Unit, method: Method, trials: Trials, on_chunk: Progress
     ) -> list[Row]:
-        check_length(method, unit.length)
+        answer_tokens = max(
+            needles.answer_tokens(self.tokenizer, trial.answer) for trial in trials.values()
+        )
+        # The answer's last token is read by nobody.
+        check_length(method, unit.length + answer_tokens - 1)
         chunk = self._chunk(unit)
         texts = torch.cat([trial.text for trial in trials.values()])
         held = []
@@ -267,9 +271,7 @@ class Bench:
             method,
             torch.cat([trial.question for trial in trials.values()]),
             chunk=chunk,
-            max_new_tokens=max(
-                needles.answer_tokens(self.tokenizer, trial.answer) for trial in trials.values()
-            ),
+            max_new_tokens=answer_tokens,
         )
         return [
             {
@@ -298,7 +300,7 @@ class Bench:
 
     def _speed(self, unit: Unit, method: Method, on_chunk: Progress) -> tuple[Row, Arrays]:
         one = self.evaluation
-        check_length(method, one.tokens + one.decode_tokens)
+        check_length(method, one.tokens + WARMUP_TOKENS + one.decode_tokens)
         chunk = self._chunk(unit)
         figures, arrays = measure_speed(
             self.model,

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from adms.errors import ADMSTypeError, ADMSValueError
+from adms.outputs import replaced
 
 _FORMAT = "adms-update-gates-2"
 
@@ -130,9 +130,11 @@ class UpdateGates:
         return found.hexdigest()[:12]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, complete or not at all."""
-        target = Path(path)
-        partial = target.with_name(target.name + ".partial")
+        """Writes a safetensors file, complete or not at all.
+
+        Raises:
+            ADMSValueError: it cannot be written.
+        """
         about = {
             "format": _FORMAT,
             "admissions": list(self.admissions),
@@ -144,8 +146,8 @@ class UpdateGates:
             f"layers.{index}": weight.detach().float().cpu().contiguous()
             for index, weight in enumerate(self.weights)
         }
-        save_file(tensors, partial, metadata={"adms": json.dumps(about)})
-        partial.replace(target)
+        with replaced(path) as partial:
+            save_file(tensors, partial, metadata={"adms": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "UpdateGates":

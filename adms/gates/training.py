@@ -8,8 +8,10 @@ Shapes: ``B`` rows, ``N`` tokens, ``V`` words, ``L`` layers.
 """
 
 import dataclasses
+import hashlib
 import math
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -28,6 +30,7 @@ from adms.gates.config import AdaptiveUpdateConfig, check_admission, check_block
 from adms.gates.learned import UpdateGates
 from adms.gates.shares import SHARES, water_fill
 from adms.gates.training_pass import FoldingSizes, folded_logits
+from adms.outputs import ready_file, replaced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +110,8 @@ def train_gates(
             be: one for each layer and ``rows`` excerpts.
 
     Raises:
-        ADMSValueError: the text is too short, or the checkpoint is of another training.
+        ADMSValueError: the text is too short, or the checkpoint is damaged, of another training or
+            cannot be written.
         UnsupportedModelError: no layer of the model can be trained.
     """
     settings = GateTraining() if training is None else training
@@ -120,14 +124,21 @@ def train_gates(
     device = next(model.parameters()).device
     weights = [weight.to(device).requires_grad_() for weight in gates.weights]
     optimiser = torch.optim.Adam(weights, lr=settings.learning_rate)
-    done, shares = _resume(checkpoint, settings, gates, weights, optimiser)
+    about = {
+        "training": asdict(settings),
+        "samples": gates.samples,
+        "text": hashlib.sha256(ids.cpu().long().numpy().tobytes()).hexdigest(),
+    }
+    if checkpoint is not None:
+        ready_file(checkpoint)
+    done, shares = _resume(checkpoint, about, weights, optimiser)
     with _frozen(model) as binding:
         if shares is None:
             generator = torch.Generator().manual_seed(settings.seed)
             text = excerpts(ids, settings, generator, settings.measured).to(device)
             shares = measure_shares(model, binding, text, settings, weights, on_measure)
             if checkpoint is not None:
-                _keep(checkpoint, settings, gates, weights, optimiser, 0, shares)
+                _keep(checkpoint, about, weights, optimiser, 0, shares)
         sizes = [settings.sizes(share) for share in shares]
         for step in range(done, settings.steps):
             for group in optimiser.param_groups:
@@ -140,7 +151,7 @@ def train_gates(
             loss.backward()
             optimiser.step()
             if checkpoint is not None and (step + 1) % settings.checkpoint_every == 0:
-                _keep(checkpoint, settings, gates, weights, optimiser, step + 1, shares)
+                _keep(checkpoint, about, weights, optimiser, step + 1, shares)
             if on_step is not None:
                 on_step(step + 1, loss.item())
     trained = tuple(weight.detach().cpu() for weight in weights)
@@ -270,42 +281,46 @@ def _frozen(model: nn.Module) -> Iterator[Binding]:
 
 def _keep(
     checkpoint: str | os.PathLike[str],
-    training: GateTraining,
-    gates: UpdateGates,
+    about: dict[str, Any],
     weights: list[torch.Tensor],
     optimiser: torch.optim.Optimizer,
     steps: int,
     shares: tuple[float, ...],
 ) -> None:
-    target = Path(checkpoint)
-    partial = target.with_name(target.name + ".partial")
     state = {
-        "training": asdict(training),
-        "samples": gates.samples,
+        **about,
         "weights": [weight.detach() for weight in weights],
         "optimiser": optimiser.state_dict(),
         "steps": steps,
         "shares": list(shares),
     }
-    torch.save(state, partial)
-    partial.replace(target)
+    with replaced(checkpoint) as partial:
+        torch.save(state, partial)
 
 
 def _resume(
     checkpoint: str | os.PathLike[str] | None,
-    training: GateTraining,
-    gates: UpdateGates,
+    about: dict[str, Any],
     weights: list[torch.Tensor],
     optimiser: torch.optim.Optimizer,
 ) -> tuple[int, tuple[float, ...] | None]:
     """Steps and layers' shares of a checkpoint, whose state is taken over; 0, None without one."""
     if checkpoint is None or not Path(checkpoint).is_file():
         return 0, None
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    if state["training"] != asdict(training) or state["samples"] != gates.samples:
+    again = "remove it to start afresh"
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        differing = [name for name in about if state[name] != about[name]]
+    except (OSError, EOFError, RuntimeError, LookupError, TypeError, pickle.PickleError) as error:
+        raise ADMSValueError(f"{checkpoint} cannot be read as a checkpoint; {again}") from error
+    if differing == ["text"]:
         raise ADMSValueError(
-            f"{checkpoint} is of a training with other settings or of another model; remove it to "
-            "start afresh, or give the same settings"
+            f"{checkpoint} is of a training on another text; {again}, or give the same text"
+        )
+    if differing:
+        raise ADMSValueError(
+            f"{checkpoint} is of a training with other settings or of another model; {again}, or "
+            "give the same settings"
         )
     with torch.no_grad():
         for weight, kept in zip(weights, state["weights"], strict=True):

@@ -530,6 +530,12 @@ def test_bad_inputs_raise():
         IntegratedAttention(64, 10, 4)
     with pytest.raises(ADMSTypeError, match="max_span must be an int"):
         make_layer(max_span=2.5)
+    with pytest.raises(ADMSTypeError, match="seed must be an int, got NoneType"):
+        IntegratedAttention(64, 4, 4, seed=None)
+    with pytest.raises(ADMSValueError, match="seed must be of 64 bits"):
+        IntegratedAttention(64, 4, 4, seed=2**64)
+    with pytest.raises(ADMSValueError, match="max_iterations must be at least 1, got 0"):
+        focus(*torch.ones(3, 1, 1, 2, 4), None, 1.0, max_iterations=0)
     with pytest.raises(ADMSValueError, match="at most ctx = 64 tokens, got 65"):
         layer(tokens(65))
     with pytest.raises(ADMSValueError, match="xa_mask must come with xa"):

@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from adms.cli import app
+from adms.evaluation.console import print_table
 
 SIZES = ["--start-size", "2", "--compressed-budget", "40", "--recent-size", "16"]
 
@@ -129,6 +130,11 @@ def test_mistakes_are_one_line_and_exit_code_2(
     [
         (["stream", "absent.txt"], "cannot read 'absent.txt'"),
         (["stream", "--generate", "-1"], "--generate must be at least 0"),
+        (["stream", "--seed", "99999999999999999999"], "--seed must be of 64 bits"),
+        (["chat", "--seed", "99999999999999999999"], "--seed must be of 64 bits"),
+        (["stream", "--temperature", "1e-40"], "--temperature must be finite and at least 1e-06"),
+        (["stream", "--temperature", "nan"], "--temperature must be finite"),
+        (["stream", "--temperature", "inf"], "--temperature must be finite"),
         (["chat", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
         (["chat", "--model", "./absent"], "no model folder"),
     ],
@@ -139,6 +145,36 @@ def test_mistakes_in_sessions_are_one_line_too(arguments: list[str], message: st
     assert result.stderr.count("\n") == 1 and message in result.stderr
 
 
+@pytest.mark.parametrize("command", [("eval",), ("eval", "--force"), ("inspect",)])
+@pytest.mark.parametrize("below", ["", "run"])
+def test_an_output_that_is_no_folder_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, command: tuple[str, ...], below: str
+) -> None:
+    (tmp_path / "file").touch()
+    result = invoke(*command, "--model", "./absent", "--output", tmp_path / "file" / below)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.output
+    assert "cannot write results to" in result.stderr
+
+
+def test_an_interrupted_inspect_keeps_nothing(
+    place: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("adms.cli.inspect.collect_ids", stop)
+    result = invoke("inspect", *place, *SIZES, "--output", tmp_path)
+    assert result.exit_code == 130 and "nothing was written" in result.stderr
+
+
+def test_names_in_tables_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table("of book[bold].txt", [{"text": "a rather wide a[red]b"}])
+    out = capsys.readouterr().out
+    assert "of book[bold].txt" in out and "a[red]b" in out
+
+
 def test_wrong_values_of_options_are_exit_code_2() -> None:
-    result = invoke("eval", "--tokens", "many")
-    assert result.exit_code == 2 and "Traceback" not in result.output
+    for option in (("--tokens", "many"), ("--seed", "-1")):
+        result = invoke("eval", "--model", "./absent", *option)
+        assert result.exit_code == 2 and "Traceback" not in result.output
+        assert option[0] in result.stderr

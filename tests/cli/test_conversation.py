@@ -201,7 +201,7 @@ def test_a_text_in_pieces_encodes_as_the_whole(tokenizer: Any) -> None:
 
     assert cuts_cleanly(tokenizer)
     text = load_text("pydoc")[:60_000]
-    parts = list(pieces(io.StringIO(text)))
+    parts = list(pieces(io.BytesIO(text.encode())))
     assert len(parts) > 10 and "".join(parts) == text
     ids = [token for part in parts for token in tokenizer(part)["input_ids"]]
     assert ids == tokenizer(text, verbose=False)["input_ids"]

@@ -1,12 +1,19 @@
 """Where models come from: folders, hub ids, and the demo model with its one conversion."""
 
+import shutil
 import threading
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from adms.errors import ADMSError, ADMSTypeError, ADMSValueError
 from adms.evaluation import models
@@ -95,7 +102,7 @@ class TestLoadModel:
         ):
             models.load_model("no-such-owner/no-such-model")
 
-    @pytest.mark.parametrize("dtype", ["float33", "int8", "Tensor"])
+    @pytest.mark.parametrize("dtype", ["float33", "int8", "Tensor", "float8_e4m3fn"])
     def test_bad_dtype_name(self, dtype: str) -> None:
         with pytest.raises(ADMSValueError, match=f"got '{dtype}'; use 'float32'"):
             models.load_model("unused", dtype=dtype)
@@ -103,6 +110,30 @@ class TestLoadModel:
     def test_bad_dtype_type(self) -> None:
         with pytest.raises(ADMSTypeError, match="dtype must be a torch.dtype or its name, got 16"):
             models.load_model("unused", dtype=16)  # type: ignore[arg-type]
+
+    def test_truncated_weights(self, tiny_folder: Path, tmp_path: Path) -> None:
+        folder = shutil.copytree(tiny_folder, tmp_path / "model")
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+        with pytest.raises(ADMSValueError, match="cannot load a causal language model"):
+            models.load_model(folder)
+
+    def test_no_tokenizer(self, tmp_path: Path) -> None:
+        # Of this family transformers makes up a tokenizer of special tokens alone.
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+        config = GPTNeoXConfig(vocab_size=3, num_hidden_layers=1, **sizes)
+        GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
+        with pytest.raises(ADMSValueError, match="has no tokenizer; save"):
+            models.load_model(tmp_path)
+
+    def test_small_dtype(self) -> None:
+        with pytest.raises(ADMSValueError, match="of 16 bits or more"):
+            models.load_model("unused", dtype=torch.float8_e4m3fn)
+
+    @pytest.mark.parametrize("device", ["meta", "xpu:99", "fpga"])
+    def test_device_that_holds_no_model(self, device: str) -> None:
+        with pytest.raises(ADMSValueError, match=f"device '{device}' cannot hold a model here"):
+            models.load_model("unused", device=device)
 
     def test_bad_device(self) -> None:
         with pytest.raises(ADMSValueError, match="unknown device 'gpu'; use 'cpu'"):

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from adms import ADMSConfig, ADMSError, ADMSValueError
 from adms.evaluation import run_folder, runner
@@ -117,6 +118,37 @@ def test_what_cannot_run_gives_a_note_and_no_figures(
     assert "trained on 256" in full["note"] and "perplexity" not in full
     assert next(row for row in summary if row["method"] == "adms")["perplexity"] > 1
     assert "trained on 256" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("task", "sizes"),
+    [("passkey", {"lengths": (256,)}), ("speed", {"tokens": 250, "decode_tokens": 6})],
+)
+def test_what_is_written_has_no_positions_beyond_the_trained_length(
+    tiny_model_folder: Path, text_file: Path, tmp_path: Path, task: str, sizes: dict[str, Any]
+) -> None:
+    """Learned positions end at the trained length, 256 here; the text alone would fit."""
+    model = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=258,
+            hidden_size=32,
+            ffn_dim=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=256,
+            word_embed_proj_dim=32,
+        )
+    )
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model_folder).save_pretrained(folder)
+    evaluation = small(
+        folder,
+        text_file,
+        **{"tasks": (task,), "depths": (0.5,), "trials": 1, "methods": ("full", "adms"), **sizes},
+    )
+    full, ours = run_evaluation(evaluation, tmp_path / "run", command="")
+    assert "trained on 256" in full["note"] and not ours.get("note")
 
 
 @pytest.fixture(scope="module")
@@ -305,6 +337,26 @@ def test_unwritable_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ADMSValueError, match="cannot write results"):
         RunFolder(tmp_path / "file" / "run", {})
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"{"),
+        ("config.json", b"[]"),
+        ("items/a.json", b"\xff"),
+        ("items/a.npz", b""),
+        ("items/a.npz", b"PK\x03\x04"),
+    ],
+)
+def test_damaged_results_are_named(tmp_path: Path, name: str, content: bytes) -> None:
+    folder = RunFolder(tmp_path, {})
+    folder.finish("a", [{"figure": 1}], {"losses": np.ones(3)})
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ADMSValueError, match=f"{name}' is damaged"):
+        again = RunFolder(tmp_path, {})
+        again.rows(["a"])
+        again.arrays("a")
 
 
 def test_a_missing_text_is_nobodys_result(tiny_model_folder: Path, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def test_entries_are_split_at_each_name() -> None:
         ("name=a model=m speed=9", "unknown key 'speed'"),
         ("name=a", "needs name=... and model=..."),
         ("name=a model=m tokens=many", "whole number"),
+        ("name=a model=m tokens=²", "whole number"),
         ("name=a model=m name=a model=n", "two scenarios are called 'a'"),
         ("name=a model=m model=n", "stands twice"),
         ("name=a model=m nonsense", "key=value"),

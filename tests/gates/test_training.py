@@ -167,6 +167,11 @@ def test_a_killed_training_goes_on_to_the_same_gates(tmp_path: Path) -> None:
         torch.testing.assert_close(mine, other)
     with pytest.raises(ADMSValueError, match="other settings"):
         train_gates(model, ids, GateTraining(length=64, recent=16, block_tokens=8), checkpoint=path)
+    with pytest.raises(ADMSValueError, match="another text"):
+        train_gates(model, ids.flip(0), SMALL, checkpoint=path)
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(ADMSValueError, match="cannot be read as a checkpoint; remove it"):
+        train_gates(model, ids, SMALL, checkpoint=path)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +198,7 @@ def test_what_cannot_be_trained_is_refused() -> None:
 def test_the_command_trains_and_writes_a_small_file(
     tiny_model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    output = tmp_path / "gates.safetensors"
+    output = tmp_path / "new" / "gates.safetensors"
     options = {"length": 64, "recent": 16, "block-tokens": 8, "steps": 2, "tokens": 500}
     words = ["train-gates", "--model", str(tiny_model_folder), "--text", str(text_file)]
     for name, value in options.items():
@@ -202,4 +207,15 @@ def test_the_command_trains_and_writes_a_small_file(
     assert result.exit_code == 0, result.output
     assert "written to" in result.output
     assert 0.125 <= UpdateGates.load(output).admission <= 0.6
-    assert list(tmp_path.iterdir()) == [output], "the checkpoint is gone"
+    assert list(output.parent.iterdir()) == [output], "the checkpoint is gone"
+
+
+@pytest.mark.parametrize("output", ["", "file/gates.safetensors"])
+def test_an_output_that_cannot_be_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, output: str
+) -> None:
+    (tmp_path / "file").touch()
+    words = ["train-gates", "--model", "./absent", "--output", str(tmp_path / output)]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "is a folder" in result.stderr or "cannot write" in result.stderr
