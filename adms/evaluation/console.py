@@ -47,6 +47,11 @@ def show(value: Any) -> str:
     return str(value)
 
 
+def percent(share: float) -> str:
+    """A share in percent, all its digits."""
+    return f"{100 * share:.10g}%"
+
+
 def progress(total: int, what: str, unit: str = "token") -> Any:
     """A progress bar on standard error; only shown where somebody watches."""
     return tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, leave=True, disable=None)

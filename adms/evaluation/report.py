@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from adms.evaluation.console import show
+from adms.evaluation.console import percent, show
 from adms.evaluation.methods import FULL
 from adms.evaluation.needles import KINDS
 from adms.evaluation.plots.memory import plot_latency, plot_memory
@@ -68,7 +68,7 @@ def _recall_row(row: Row) -> Row:
     return {
         "method": row["label"],
         "length": row["context"],
-        "depth": _share(row.get("depth")),
+        "depth": percent(row["depth"]) if "depth" in row else None,
         "recall": _share(row["recall"]) if known else None,
         "interval": f"{row['recall_low']:.0%} to {row['recall_high']:.0%}" if known else None,
         "trials": row.get("trials"),

@@ -362,6 +362,8 @@ def test_a_missing_text_is_nobodys_result(tiny_model_folder: Path, tmp_path: Pat
         ({"tasks": ("poetry",)}, "unknown task 'poetry'"),
         ({"tokens": 0}, "tokens must be at least 1"),
         ({"depths": (1.5,)}, "0..1"),
+        ({"depths": ()}, "depths must hold at least one value"),
+        ({"lengths": ()}, "lengths must hold at least one value"),
         ({"measure_from": 120}, "measure_from must lie in 1..119"),
         ({"budgets": (0,)}, "budgets"),
     ],
@@ -369,6 +371,30 @@ def test_a_missing_text_is_nobodys_result(tiny_model_folder: Path, tmp_path: Pat
 def test_settings_are_checked(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ADMSValueError, match=message):
         small(Path("model"), Path("text"), **changes)
+
+
+def test_what_is_asked_for_twice_is_measured_once() -> None:
+    asked = small(
+        Path("model"),
+        Path("text"),
+        tasks=("perplexity", "passkey", "perplexity"),
+        methods=("adms", "adms", "streaming"),
+        budgets=(30, 30),
+        lengths=(200, 200),
+        depths=(0.5, 0.5, 0.50001),
+        trials=1,
+    )
+    once = dataclasses.replace(
+        asked,
+        tasks=("perplexity", "passkey"),
+        methods=("adms", "streaming"),
+        budgets=(30,),
+        lengths=(200,),
+        depths=(0.5, 0.50001),
+    )
+    assert asked == once
+    keys = [unit.key for unit in plan(asked)]
+    assert len(keys) == 2 * (2 + 2) and len(set(keys)) == len(keys)
 
 
 def test_texts_read_together_give_what_they_give_alone(
