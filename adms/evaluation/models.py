@@ -86,6 +86,18 @@ def smollm2_folder() -> Path:
     return target
 
 
+def model_source(name_or_path: str | os.PathLike[str]) -> str:
+    """What transformers loads a model from: an existing folder, or a hub id as it is.
+
+    Raises:
+        ADMSValueError: there is no such folder.
+        ADMSError: the demo model was asked for and cannot be made.
+    """
+    if name_or_path == SMOLLM2:
+        return os.fspath(smollm2_folder())
+    return _resolve_name(name_or_path)
+
+
 def model_digest(name: str) -> str | None:
     """SHA-256 of a local model's configuration and its weight files' names and sizes.
 
@@ -125,7 +137,7 @@ def load_model(
     """
     dtype = _resolve_dtype(dtype)
     device = _resolve_device(device)
-    source = os.fspath(smollm2_folder()) if name_or_path == SMOLLM2 else _resolve_name(name_or_path)
+    source = model_source(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
