@@ -31,7 +31,7 @@ from adms.calibration import Calibration
 from adms.config import ADMSConfig
 from adms.enable import enable_adms_llm, enable_streaming_llm
 from adms.errors import ADMSValueError
-from adms.evaluation.methods import ADMS, FULL, STREAMING, cache_bytes
+from adms.evaluation.methods import ADMS, FULL, STREAMING, cache_bytes, fit_first
 from adms.evaluation.run_folder import Row
 from adms.kernels import Kernel
 
@@ -310,6 +310,7 @@ def measure(
 
     Returns:
         Median, mean and 99th percentile of a token's milliseconds, tokens a second of all rows,
+        seconds of what was fitted to the model before the clock started (None where nothing was),
         the longest token less the median (where compression happens), seconds of the first call,
         and bytes of the cache and of the device at its peak.
     """
@@ -323,6 +324,8 @@ def measure(
     reading: float | None = None
     try:
         if isinstance(cache, ADMSKVCache):
+            # Once a model, so no part of its reading.
+            row["fit_s"] = fit_first(cache, position, batch)
             reading = fill_bounded(model, cache, batch, position)
         else:
             fill_tensors(model, cache, batch, position)

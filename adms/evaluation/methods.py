@@ -55,21 +55,26 @@ class Method:
         return cache_bytes(self.cache)
 
     def fit(self, tokens: int, rows: int = 1) -> float | None:
-        """Fits what the next ``tokens`` of each row need fitted to the model, which is done once.
+        """See ``fit_first``."""
+        return fit_first(self.cache, tokens, rows)
 
-        Returns:
-            Seconds it took; None where there was nothing to fit.
-        """
-        if not isinstance(self.cache, ADMSKVCache):
-            return None
-        calibration = self.cache.binding_for_use.calibration
-        if calibration is None or calibration.is_fitted:
-            return None
-        start = time.perf_counter()
-        self.cache.fit_before([tokens] * rows)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - start if calibration.is_fitted else None
+
+def fit_first(cache: Any, tokens: int, rows: int = 1) -> float | None:
+    """Fits what the next ``tokens`` of each row need fitted to the model, which is done once.
+
+    Returns:
+        Seconds it took; None where there was nothing to fit.
+    """
+    if not isinstance(cache, ADMSKVCache):
+        return None
+    calibration = cache.binding_for_use.calibration
+    if calibration is None or calibration.is_fitted:
+        return None
+    start = time.perf_counter()
+    cache.fit_before([tokens] * rows)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start if calibration.is_fitted else None
 
 
 def cache_bytes(cache: Any) -> int:
