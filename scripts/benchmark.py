@@ -81,6 +81,10 @@ def parse() -> argparse.Namespace:
     unknown = [part for part in arguments.parts if part not in known]
     if unknown:
         parser.error(f"unknown part {unknown[0]!r}; the parts are {', '.join(known)}")
+    arguments.methods = list(dict.fromkeys(arguments.methods.split(",")))
+    unknown = [name for name in arguments.methods if name not in METHODS]
+    if unknown:
+        parser.error(f"unknown cache {unknown[0]!r}; the caches are {', '.join(METHODS)}")
     return arguments
 
 
@@ -90,7 +94,7 @@ def parts_rows(name: str, arguments: argparse.Namespace, bench: Bench) -> Iterab
         return PARTS[name].rows(bench)
     return measure_all(
         bench.model,
-        arguments.methods.split(","),
+        arguments.methods,
         bench.config,
         batches=arguments.batches,
         positions=arguments.positions or [2048],

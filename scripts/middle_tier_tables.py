@@ -89,8 +89,12 @@ def sizes(size: int) -> list[str]:
 
 
 def with_settings(words: str) -> list[str]:
-    """``NAME=VALUE`` words as options."""
-    return list(itertools.chain.from_iterable(("--set", word) for word in words.split()))
+    """``NAME=VALUE`` words as options; sinks have one of their own."""
+    options = []
+    for word in words.split():
+        name, _, value = word.partition("=")
+        options += ["--start-size", value] if name == "start_size" else ["--set", word]
+    return options
 
 
 def stream(text: str, tokens: int, first: int, methods: str, size: int, *more: str) -> list[str]:

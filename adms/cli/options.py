@@ -101,6 +101,9 @@ DEFAULT_MODEL, DEFAULT_TEXT = SMOLLM2, PYDOC
 DEFAULT_METHODS = ",".join(DEFAULT_COMPARISON)
 DEFAULT_BUDGETS = [252]
 
+# Have options of their own, whose values --set would contradict.
+_SIZES = ("start_size", "compressed_budget", "recent_size")
+
 
 def chosen_methods(text: str) -> tuple[str, ...]:
     """Methods from their comma-separated names."""
@@ -127,7 +130,8 @@ def adms_config(
     """The configuration that options and ``--set`` describe.
 
     Raises:
-        ADMSValueError: ``--set`` names no parameter, or a value that cannot work.
+        ADMSValueError: ``--set`` names no parameter, one that has an option of its own, or a value
+            that cannot work.
     """
     values: dict[str, Any] = {
         "start_size": start_size,
@@ -138,6 +142,11 @@ def adms_config(
         name, equals, value = word.partition("=")
         if not equals:
             raise ADMSValueError(f"--set takes NAME=VALUE, got {word!r}")
+        if name in _SIZES:
+            raise ADMSValueError(
+                f"--set takes parameters without an option of their own, got {word!r}; use "
+                f"--{name.replace('_', '-')} {value}"
+            )
         try:
             values[name] = json.loads(value.lower() if value in ("True", "False") else value)
         except json.JSONDecodeError:

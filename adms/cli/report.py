@@ -47,7 +47,7 @@ def main(
 
     Memory is half recent window, half compressed budget, and 4 sinks; all else is the default
     configuration. A kill loses nothing: the same command goes on with what is not done, and
-    scenarios with a summary.json are left alone.
+    scenarios with a summary.json are left alone; one of another configuration is named as not run.
 
     Built-in scenarios (they need a network and a GPU): TinyLlama and OPT-1.3B 2k-4k, Llama-3-8B
     8k-32k, Pythia-6.9B, Falcon-7B and MPT-7B 2k-8k, on WikiText-103. Offline: SmolLM2, and the

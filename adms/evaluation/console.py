@@ -33,7 +33,9 @@ def print_table(title: str, rows: list[dict[str, Any]], *, caption: str | None =
     )
     columns = list(rows[0]) if rows else []
     for name in columns:
-        numeric = any(isinstance(row[name], int | float) for row in rows)
+        numeric = any(
+            isinstance(row[name], int | float) or str(row[name])[:1].isdigit() for row in rows
+        )
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(escape(show(row[name])) for name in columns))
@@ -51,6 +53,16 @@ def show(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return str(value)
+
+
+def significant(value: float | None) -> str | None:
+    """A measured time or speed as far as it repeats: three digits."""
+    return None if value is None else f"{float(f'{value:.3g}'):,.15g}"
+
+
+def percent(share: float) -> str:
+    """A share in percent, all its digits."""
+    return f"{100 * share:.10g}%"
 
 
 def progress(total: int, what: str, unit: str = "token") -> Any:

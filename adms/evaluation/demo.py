@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from adms.config import ADMSConfig
 from adms.errors import ADMSValueError
 from adms.evaluation import needles
-from adms.evaluation.console import console, print_table, progress, show, user_errors
+from adms.evaluation.console import console, print_table, progress, show, significant, user_errors
 from adms.evaluation.methods import ADMS, FULL, STREAMING, Method, open_method, trained_length
 from adms.evaluation.models import SMOLLM2, load_model
 from adms.evaluation.plots.streams import Line, plot_streams
@@ -148,7 +148,7 @@ def table_rows(outcomes: list[Outcome], first: int) -> list[dict[str, Any]]:
                 "gap closed": None if closed is None else f"{closed:.0%}",
                 "cache bytes": one.peak_nbytes,
                 "max bytes": one.method.max_nbytes,
-                "tokens/s": round(one.trace.tokens_per_second, 1),
+                "tokens/s": one.trace.tokens_per_second,
                 "passkey": f"{'right' if one.is_right else 'wrong'}: {one.reply}",
             }
         )
@@ -163,7 +163,7 @@ def terminal_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "perplexity": row["perplexity"],
             "gap closed": row["gap closed"] or "",
             "cache MiB": f"{row['cache bytes'] / 2**20:.1f}",
-            "tokens/s": f"{row['tokens/s']:.0f}",
+            "tokens/s": significant(row["tokens/s"]),
             "passkey": row["passkey"].partition(":")[0],
         }
         for row in rows
@@ -190,9 +190,10 @@ def report_text(
     settings = ", ".join(f"{name} {value}" for name, value in config.items())
     versions = ", ".join(f"{name} {value}" for name, value in environment_["packages"].items())
     lines = "\n".join(f"- {fact}" for fact in facts)
+    shown = [{**row, "tokens/s": significant(row["tokens/s"])} for row in rows]
     return (
         "# A stream in bounded memory\n\n"
-        f"{markdown_table(rows, show)}\n{lines}\n- ADMS configuration: {settings}\n"
+        f"{markdown_table(shown, show)}\n{lines}\n- ADMS configuration: {settings}\n"
         f"- made with {versions}, {environment_['torch_threads']} threads on "
         f"{environment_['cuda_device'] or environment_['system']}\n\n"
         f"![loss and bytes along the stream](stream.png)\n\n"
@@ -280,6 +281,12 @@ def run(
         snapshot = snapshot or kept
     rows = table_rows(outcomes, first)
     bounds = {one.method.label: one.method.max_nbytes for one in outcomes if one.method.max_nbytes}
+    facts += [
+        f"before the clock, {one.method.label} was fitted to the model, once, in "
+        f"{significant(one.trace.fit_seconds)} s"
+        for one in outcomes
+        if one.trace.fit_seconds is not None
+    ]
     facts += [
         "most bytes ever: " + ", ".join(f"{label} {count:,}" for label, count in bounds.items()),
         f"{Path(model_name).name} read {tokens} tokens of {Path(text_name).name} from token "

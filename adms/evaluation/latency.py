@@ -30,7 +30,8 @@ from adms.cache import ADMSKVCache
 from adms.calibration import Calibration
 from adms.config import ADMSConfig
 from adms.enable import enable_adms_llm, enable_streaming_llm
-from adms.evaluation.methods import ADMS, FULL, STREAMING, cache_bytes
+from adms.errors import ADMSValueError
+from adms.evaluation.methods import ADMS, FULL, STREAMING, cache_bytes, fit_first
 from adms.evaluation.run_folder import Row
 from adms.kernels import Kernel
 
@@ -257,6 +258,9 @@ def open_cache(
 
     ``random_code`` gives the model random directions for its code, for good; for random models.
     ``slots`` are those of a static cache; None: as many as will be used.
+
+    Raises:
+        ADMSValueError: ``method`` is none of ``METHODS``.
     """
     total = slots or position + spare_tokens(tokens)
     match method:
@@ -269,11 +273,13 @@ def open_cache(
         case "streaming":
             recent = config.recent_size + config.compressed_budget
             return enable_streaming_llm(model, config.start_size, recent, kernel=kernel)
-    cache = enable_adms_llm(model, config, kernel=kernel)
-    calibration = cache.binding_for_use.calibration
-    if random_code and calibration is not None and not calibration.is_fitted:
-        random_calibration(calibration, model.device)
-    return cache
+        case "adms":
+            cache = enable_adms_llm(model, config, kernel=kernel)
+            calibration = cache.binding_for_use.calibration
+            if random_code and calibration is not None and not calibration.is_fitted:
+                random_calibration(calibration, model.device)
+            return cache
+    raise ADMSValueError(f"unknown cache {method!r}; the caches are {', '.join(METHODS)}")
 
 
 def spare_tokens(tokens: int) -> int:
@@ -304,6 +310,7 @@ def measure(
 
     Returns:
         Median, mean and 99th percentile of a token's milliseconds, tokens a second of all rows,
+        seconds of what was fitted to the model before the clock started (None where nothing was),
         the longest token less the median (where compression happens), seconds of the first call,
         and bytes of the cache and of the device at its peak.
     """
@@ -317,6 +324,8 @@ def measure(
     reading: float | None = None
     try:
         if isinstance(cache, ADMSKVCache):
+            # Once a model, so no part of its reading.
+            row["fit_s"] = fit_first(cache, position, batch)
             reading = fill_bounded(model, cache, batch, position)
         else:
             fill_tensors(model, cache, batch, position)

@@ -6,10 +6,12 @@ many tokens as ADMS holds stand beside them as ceilings and are marked as such.
 
 import contextlib
 import difflib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -51,6 +53,28 @@ class Method:
     def nbytes(self) -> int:
         """Bytes the cache holds now."""
         return cache_bytes(self.cache)
+
+    def fit(self, tokens: int, rows: int = 1) -> float | None:
+        """See ``fit_first``."""
+        return fit_first(self.cache, tokens, rows)
+
+
+def fit_first(cache: Any, tokens: int, rows: int = 1) -> float | None:
+    """Fits what the next ``tokens`` of each row need fitted to the model, which is done once.
+
+    Returns:
+        Seconds it took; None where there was nothing to fit.
+    """
+    if not isinstance(cache, ADMSKVCache):
+        return None
+    calibration = cache.binding_for_use.calibration
+    if calibration is None or calibration.is_fitted:
+        return None
+    start = time.perf_counter()
+    cache.fit_before([tokens] * rows)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start if calibration.is_fitted else None
 
 
 def cache_bytes(cache: Any) -> int:

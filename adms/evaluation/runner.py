@@ -49,7 +49,7 @@ def run_evaluation(
         forget(folder)
     state.wait_for_everyone()
     with state.main_process_first():
-        target = RunFolder(folder, {**evaluation.to_dict(), "calibrated": calibration is not None})
+        target = RunFolder(folder, folder_config(evaluation, calibration))
     units = plan(evaluation)
     keys = [unit.key for unit in units]
     # Dealt from the whole plan: what is open changes while the others work.
@@ -75,6 +75,11 @@ def run_evaluation(
         write_json(folder / SUMMARY, summary)
     state.wait_for_everyone()
     return summarize(evaluation, target, units, target.rows(keys))
+
+
+def folder_config(evaluation: Evaluation, calibration: Any = None) -> dict[str, Any]:
+    """What decides a run's results, for its folder."""
+    return {**evaluation.to_dict(), "calibrated": calibration is not None}
 
 
 def forget(folder: Path) -> None:

@@ -9,8 +9,8 @@ from adms.config import ADMSConfig, resolve_sizes
 from adms.errors import ADMSValueError
 from adms.evaluation import needles
 from adms.evaluation.methods import DEFAULT_COMPARISON, check_methods
-from adms.evaluation.models import SMOLLM2
-from adms.evaluation.texts import PYDOC
+from adms.evaluation.models import SMOLLM2, model_digest
+from adms.evaluation.texts import PYDOC, text_digest
 
 PERPLEXITY, SPEED = "perplexity", "speed"
 TASKS = (PERPLEXITY, *needles.KINDS, SPEED)
@@ -55,7 +55,7 @@ PROFILES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One run.
+    """One run. What stands twice in ``tasks``, ``methods`` or numbers is measured once.
 
     Attributes:
         model: ``"smollm2"``, a folder or a hub id.
@@ -112,6 +112,9 @@ class Evaluation:
     profile: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("tasks", "methods", "budgets", "lengths", "depths"):
+            # Two pieces of work alike would be one file, and its tokens would count twice.
+            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         check_methods(list(self.methods))
         unknown = [task for task in self.tasks if task not in TASKS]
         if unknown or not self.tasks:
@@ -138,6 +141,9 @@ class Evaluation:
             raise ADMSValueError(f"tokens must be at least 2 to have a loss, got {self.tokens}")
         if any(budget < 1 for budget in self.budgets):
             raise ADMSValueError(f"budgets must be at least 1 each, got {self.budgets}")
+        for name in ("lengths", "depths"):
+            if not getattr(self, name):
+                raise ADMSValueError(f"{name} must hold at least one value, got none")
         outside = [depth for depth in self.depths if not 0 <= depth <= 1]
         if outside:
             raise ADMSValueError(f"depths must lie in 0..1, got {outside[0]}")
@@ -163,12 +169,16 @@ class Evaluation:
         return min(2 * held, max(1, self.tokens // 2))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for config.json; names of folders of this machine are left out."""
+        """Plain values for config.json; names of folders of this machine are left out.
+
+        Digests stand for what is in files: another text of the same name is another configuration.
+        """
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         values["config"] = self.config.to_dict()
         values["model"] = short_name(self.model)
         values["text"] = short_name(self.text)
-        return values
+        digests = {"model_digest": model_digest(self.model), "text_digest": text_digest(self.text)}
+        return values | {name: digest for name, digest in digests.items() if digest is not None}
 
 
 def short_name(name: str) -> str:

@@ -47,8 +47,9 @@ def measure_speed(
         on_chunk: called with the number of tokens after each chunk.
 
     Returns:
-        Tokens a second while reading, milliseconds to the first token (the reading included), the
-        median and 99th percentile of a token's milliseconds, tokens a second while writing, and
+        Seconds of what is fitted to the model once, before the clock starts (None where nothing
+        was); tokens a second while reading, milliseconds to the first token (the reading included),
+        the median and 99th percentile of a token's milliseconds, tokens a second while writing, and
         bytes; and the arrays ``token_ms``, ``tokens``, ``nbytes``.
     """
     device = model.device
@@ -61,6 +62,7 @@ def measure_speed(
         torch.cuda.reset_peak_memory_stats(device)
     ids = ids.to(device)
     tokens, nbytes = [], []
+    fit_s = method.fit(ids.shape[1] + WARMUP_TOKENS + decode_tokens)
     settle()
     start = time.perf_counter()
     for at in range(0, ids.shape[1], chunk):
@@ -85,6 +87,7 @@ def measure_speed(
     tokens.append(ids.shape[1] + WARMUP_TOKENS + decode_tokens)
     token_ms = np.asarray(times)
     row: Row = {
+        "fit_s": fit_s,
         "read_tokens_per_s": ids.shape[1] / first_ms * 1000,
         "first_token_ms": first_ms,
         "token_ms_median": float(np.median(token_ms)),

@@ -27,6 +27,7 @@ COLUMNS = (
     ("token_ms_mean", "mean ms", 1, 2),
     ("token_ms_p99", "p99 ms", 1, 2),
     ("tokens_per_s", "tokens/s", 1, 1),
+    ("fit_s", "fit s", 1, 1),
     ("first_call_s", "first call s", 1, 1),
     ("dense_chunk_ms", "dense ms a chunk", 1, 1),
     ("chunk_ms", "ms a chunk", 1, 1),

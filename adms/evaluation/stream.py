@@ -27,6 +27,7 @@ class Trace:
         tokens: tokens read of each text after each chunk.
         nbytes: bytes of the cache after each chunk.
         seconds: time of the whole reading.
+        fit_seconds: time of what was fitted to the model before; None where nothing was.
         last_logits: ``[B, V]``, of the tokens that would follow.
     """
 
@@ -34,6 +35,7 @@ class Trace:
     tokens: list[int]
     nbytes: list[int]
     seconds: float
+    fit_seconds: float | None
     last_logits: torch.Tensor
 
     @property
@@ -86,6 +88,7 @@ def read(
     losses: list[torch.Tensor] = []
     tokens, nbytes = [], []
     last: Any = None
+    fit_seconds = method.fit(total, len(ids))
     start_time = time.perf_counter()
     for start in range(0, total, chunk):
         piece = ids[:, start : start + chunk]
@@ -100,7 +103,12 @@ def read(
             on_chunk(piece.shape[1])
     seconds = time.perf_counter() - start_time
     return Trace(
-        np.asarray(torch.cat(losses, dim=1).cpu().numpy()), tokens, nbytes, seconds, last.cpu()
+        np.asarray(torch.cat(losses, dim=1).cpu().numpy()),
+        tokens,
+        nbytes,
+        seconds,
+        fit_seconds,
+        last.cpu(),
     )
 
 

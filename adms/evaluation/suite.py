@@ -8,13 +8,13 @@ from transformers import AutoConfig
 
 from adms.errors import ADMSError, ADMSValueError
 from adms.evaluation.console import console, show
-from adms.evaluation.models import SMOLLM2, smollm2_folder
+from adms.evaluation.models import model_source
 from adms.evaluation.needles import KINDS
 from adms.evaluation.plots.suite import plot_suite
 from adms.evaluation.processes import this_process
 from adms.evaluation.report import display, without_empty
-from adms.evaluation.run_folder import Row, csv_text, markdown_table, write_atomic
-from adms.evaluation.runner import SUMMARY, forget, run_evaluation
+from adms.evaluation.run_folder import Row, csv_text, differing, markdown_table, write_atomic
+from adms.evaluation.runner import SUMMARY, folder_config, forget, run_evaluation
 from adms.evaluation.scenarios import Scenario
 from adms.evaluation.settings import PERPLEXITY, SPEED, Evaluation, Profile
 from adms.patches import FAMILIES
@@ -33,7 +33,7 @@ class Failure:
 
 def trained_positions(name: str) -> int | None:
     """Positions a model was trained on, from its configuration alone; None for any distance."""
-    source = str(smollm2_folder()) if name == SMOLLM2 else name
+    source = model_source(name)
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -81,7 +81,8 @@ def run_suite(
 ) -> list[Failure]:
     """Runs what has no summary.json yet, and reports over everything.
 
-    A scenario that cannot run does not stop the others.
+    A scenario that cannot run does not stop the others, nor does one whose folder holds results of
+    another configuration.
 
     Returns:
         The scenarios that failed for a reason the user can put right.
@@ -95,14 +96,16 @@ def run_suite(
     for scenario in scenarios:
         for profile in profiles:
             folder = root / scenario.name / profile.name
-            if (folder / SUMMARY).is_file():
-                if is_main:
-                    out.print(f"{scenario.name} {profile.name}: finished before", markup=False)
-                continue
+            finished = (folder / SUMMARY).is_file()
             if is_main:
-                out.print(f"{scenario.name} {profile.name}", markup=False, style="bold")
+                state = ": finished before" if finished else ""
+                style = "none" if finished else "bold"
+                out.print(f"{scenario.name} {profile.name}{state}", markup=False, style=style)
             try:
                 evaluation = to_evaluation(scenario, profile, device)
+                if finished:
+                    _require_same(evaluation, folder)
+                    continue
                 run_evaluation(evaluation, folder, command=command)
             except ADMSError as error:
                 reason = " ".join(str(error).split())
@@ -111,8 +114,24 @@ def run_suite(
                     out.print(f"  not run: {reason}", markup=False)
     this_process().wait_for_everyone()
     if is_main:
+        try:
+            # Where nothing could run, nothing has made it.
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ADMSValueError(
+                f"cannot write results to {str(root)!r}: {error.strerror}; use another folder"
+            ) from error
         aggregate(root, command, failures)
     return failures
+
+
+def _require_same(evaluation: Evaluation, folder: Path) -> None:
+    names = differing(folder, folder_config(evaluation))
+    if names:
+        raise ADMSValueError(
+            f"{str(folder)!r} holds results of another configuration (different: "
+            f"{', '.join(names)}); run it again with FORCE_RERUN=1, or use another folder"
+        )
 
 
 def _mark_forced(root: Path, scenarios: list[Scenario], profiles: list[Profile]) -> None:

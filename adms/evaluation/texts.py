@@ -1,5 +1,6 @@
 """Where evaluations take their text from: a file, CPython's own documentation, or a data set."""
 
+import hashlib
 import itertools
 import os
 from pathlib import Path
@@ -58,6 +59,23 @@ def load_text(
     if not text.strip():
         raise ADMSValueError(f"the text from {name!r} is empty; use another one")
     return text
+
+
+def text_digest(name: str) -> str | None:
+    """SHA-256 of a text file; None for what is no file: ``"pydoc"`` and data sets.
+
+    Raises:
+        ADMSValueError: the file cannot be read.
+    """
+    path = Path(name).expanduser()
+    if name == PYDOC or not path.is_file():
+        return None
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ADMSValueError(
+            f"cannot read {str(path)!r}: {error.strerror}; use another text"
+        ) from error
 
 
 def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> str:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from adms.config import ADMSConfig
 from adms.errors import ADMSValueError, UnsupportedModelError
 from adms.evaluation import needles
+from adms.evaluation.console import percent
 from adms.evaluation.methods import (
     ADMS,
     FULL,
@@ -60,7 +61,7 @@ class Unit:
     def label(self) -> str:
         """For progress bars."""
         depths = sorted({depth for _, depth in self.texts})
-        place = f" {self.length} at {', '.join(f'{depth:.0%}' for depth in depths)}"
+        place = f" {self.length} at {', '.join(map(percent, depths))}"
         return f"{self.method} {self.task}{place if self.length else ''}"
 
 
@@ -94,7 +95,7 @@ def _of_task(
     trials = [(trial, depth) for depth in evaluation.depths for trial in range(evaluation.trials)]
     return [
         Unit(
-            f"{stem}/n{length}/d{part[0][1]:.3f}/t{part[0][0]:03d}",
+            f"{stem}/n{length}/d{part[0][1]}/t{part[0][0]:03d}",
             task,
             method,
             config,

@@ -38,6 +38,9 @@ def test_writes_report_rows_and_picture(
         assert int(row["cache bytes"]) <= int(row["max bytes"])
     assert (tmp_path / "stream.png").read_bytes().startswith(b"\x89PNG")
     report = (tmp_path / "report.md").read_text()
+    speeds = [line.split("|")[-3].strip() for line in report.splitlines() if line.startswith("| ")]
+    assert all(len(speed.replace(",", "").replace(".", "").strip("0")) <= 3 for speed in speeds[1:])
+    assert "was fitted to the model, once, in" in result.output
     assert "stream.png" in report and "compressed_budget 40" in report
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["tokens"] == 400 and config["adms"]["recent_size"] == 24

@@ -1,11 +1,15 @@
 """The benchmark of milliseconds per token, on a tiny model."""
 
+import runpy
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from adms import ADMSConfig, enable_adms_llm
+from adms import ADMSConfig, ADMSValueError, enable_adms_llm, installation
 from adms.evaluation.latency import (
     FULL,
     QUANTIZED,
@@ -50,6 +54,32 @@ def test_every_method_side_by_side(tmp_path: Path) -> None:
     drawn = plot_latency(rows, tmp_path)
     assert [path.name for path in drawn] == ["position.png", "memory.png", "batch.png"]
     assert all(path.stat().st_size > 0 for path in drawn)
+
+
+def test_the_fit_to_the_model_is_a_column_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A fit of a thousand seconds, by the clock that everything is timed with.
+    passed, clock, fit = [0.0], time.perf_counter, installation.fit_to_own_texts
+
+    def slow_fit(*arguments: Any) -> None:
+        fit(*arguments)
+        passed[0] += 1000
+
+    monkeypatch.setattr(installation, "fit_to_own_texts", slow_fit)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + passed[0])
+    (row,) = measure_all(tiny(), [ADMS], CONFIG, batches=[1], positions=[400], tokens=9)
+    assert row["fit_s"] > 1000 and row["read_tokens_per_s"] > 1
+
+
+def test_an_unknown_cache_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ADMSValueError, match="unknown cache 'nope'; the caches are full, static"):
+        list(measure_all(tiny(), ["nope"], CONFIG, batches=[1], positions=[300], tokens=9))
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--only", "sweep", "--methods", "full,nope"])
+    script = Path(__file__).parents[2] / "scripts" / "benchmark.py"
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(script), run_name="__main__")
+    assert stopped.value.code == 2 and "unknown cache 'nope'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("position", [600, 100_000])

@@ -1,10 +1,12 @@
 """Pictures: whole files, distinct looks, and what they must not hide."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from PIL import Image
 
@@ -13,7 +15,11 @@ from adms.evaluation.methods import method_names
 from adms.evaluation.models import load_model
 from adms.evaluation.plots import Line, plot_quality, plot_recall, plot_streams, plot_tiers
 from adms.evaluation.plots.style import figure, look
+from adms.evaluation.report import display, draw
+from adms.evaluation.run_folder import RunFolder
+from adms.evaluation.settings import Evaluation
 from adms.evaluation.tiers import spans
+from adms.evaluation.units import Unit
 
 
 def test_no_two_methods_look_alike_without_colour() -> None:
@@ -66,10 +72,43 @@ def test_quality_and_recall(tmp_path: Path) -> None:
             assert 0.3 < picture.height / picture.width < 2
 
 
+def test_latency_has_a_line_for_every_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, float] = {}
+    real = Axes.step
+
+    def step(self: Axes, *values: Any, **style: Any) -> Any:
+        drawn[style["label"]] = style["linewidth"]
+        return real(self, *values, **style)
+
+    monkeypatch.setattr(Axes, "step", step)
+    units = [
+        Unit(f"speed/adms/b{budget}", "speed", "adms", ADMSConfig(compressed_budget=budget))
+        for budget in (24, 40)
+    ]
+    folder = RunFolder(tmp_path, {})
+    rows = []
+    for unit in units:
+        budget = unit.config.compressed_budget
+        row = {"task": "speed", "method": "adms", "label": f"ADMS {budget}"}
+        rows.append({**row, "compressed_budget": budget})
+        folder.finish(unit.key, rows[-1:], {"token_ms": np.asarray([1.0, 2.0])})
+    assert draw(Evaluation(tasks=("speed",)), folder, units, rows) == {"speed": ["latency.png"]}
+    assert drawn["ADMS 24"] > drawn["ADMS 40"] > 0
+
+
 def test_a_failure_while_drawing_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), figure(tmp_path / "x.png"):
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
+
+
+def test_speeds_have_three_digits() -> None:
+    measured = {"token_ms_median": 108.952, "write_tokens_per_s": 1430.82, "fit_s": 0.012345}
+    (row,) = display([{"label": "ADMS", **measured}], "speed")
+    assert (row["token ms median"], row["write tokens/s"]) == ("109", "1,430")
+    assert row["fit s"] == "0.0123" and row["read tokens/s"] is None
 
 
 def test_tiers_cover_the_text_once_and_their_bytes_are_the_caches(

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -224,6 +225,31 @@ def test_another_configuration_is_refused(
         run_evaluation(other, tmp_path, command="")
 
 
+def test_another_text_or_model_of_the_same_name_is_refused(
+    tiny_model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    def named(place: str, text: str, changes: str) -> Evaluation:
+        folder = tmp_path / place
+        shutil.copytree(tiny_model_folder, folder / "model")
+        config = folder / "model" / "config.json"
+        config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', changes))
+        (folder / "text.txt").write_text(text)
+        asked = {"samples": 1, "methods": ("streaming",)}
+        return small(folder / "model", folder / "text.txt", **asked)
+
+    text, same = text_file.read_text(), '"rms_norm_eps": 1e-06'
+    before = run_evaluation(named("one", text, same), tmp_path / "run", command="")
+    again = run_evaluation(named("moved", text, same), tmp_path / "run", command="")
+    assert again == before
+    with pytest.raises(ADMSValueError, match="different: text_digest"):
+        run_evaluation(named("text", text[::-1], same), tmp_path / "run", command="")
+    with pytest.raises(ADMSValueError, match="different: model_digest"):
+        other = named("model", text, '"rms_norm_eps": 1e-05')
+        run_evaluation(other, tmp_path / "run", command="")
+    # Not a file: nothing to digest, and a run that was begun before goes on.
+    assert "text_digest" not in Evaluation().to_dict()
+
+
 class Process:
     """One of several processes; the others' barriers are the order of the calls."""
 
@@ -388,6 +414,8 @@ def test_a_missing_text_is_nobodys_result(tiny_model_folder: Path, tmp_path: Pat
         ({"tasks": ("poetry",)}, "unknown task 'poetry'"),
         ({"tokens": 0}, "tokens must be at least 1"),
         ({"depths": (1.5,)}, "0..1"),
+        ({"depths": ()}, "depths must hold at least one value"),
+        ({"lengths": ()}, "lengths must hold at least one value"),
         ({"measure_from": 120}, "measure_from must lie in 1..119"),
         ({"budgets": (0,)}, "budgets"),
     ],
@@ -395,6 +423,30 @@ def test_a_missing_text_is_nobodys_result(tiny_model_folder: Path, tmp_path: Pat
 def test_settings_are_checked(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ADMSValueError, match=message):
         small(Path("model"), Path("text"), **changes)
+
+
+def test_what_is_asked_for_twice_is_measured_once() -> None:
+    asked = small(
+        Path("model"),
+        Path("text"),
+        tasks=("perplexity", "passkey", "perplexity"),
+        methods=("adms", "adms", "streaming"),
+        budgets=(30, 30),
+        lengths=(200, 200),
+        depths=(0.5, 0.5, 0.50001),
+        trials=1,
+    )
+    once = dataclasses.replace(
+        asked,
+        tasks=("perplexity", "passkey"),
+        methods=("adms", "streaming"),
+        budgets=(30,),
+        lengths=(200,),
+        depths=(0.5, 0.50001),
+    )
+    assert asked == once
+    keys = [unit.key for unit in plan(asked)]
+    assert len(keys) == 2 * (2 + 2) and len(set(keys)) == len(keys)
 
 
 def test_texts_read_together_give_what_they_give_alone(

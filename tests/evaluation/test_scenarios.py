@@ -1,6 +1,7 @@
 """Scenarios: their language, the built-in ones, and runs over several."""
 
 import csv
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from adms.evaluation.scenarios import (
     parse_scenarios,
 )
 from adms.evaluation.settings import PROFILES
-from adms.evaluation.suite import aggregate, collect, run_suite
+from adms.evaluation.suite import aggregate, collect, run_suite, trained_positions
 
 
 def test_entries_are_split_at_each_name() -> None:
@@ -99,7 +100,7 @@ def test_a_failing_scenario_does_not_stop_the_others(scenarios: str, tmp_path: P
     failures = run_suite(chosen, profiles, tmp_path, command="the command")
     assert [(one.scenario, one.profile) for one in failures] == [("bad", "quality")]
     report = (tmp_path / "report.md").read_text()
-    assert "## Not run" in report and "bad quality: cannot load" in report
+    assert "## Not run" in report and "bad quality: no model folder" in report
     assert "the command" in report
     with (tmp_path / "report.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -127,6 +128,33 @@ def test_finished_scenarios_are_left_alone_unless_forced(
     run_suite(good, profiles, tmp_path, command="", force=True)
     assert len(runs) == 1
     assert len(aggregate(tmp_path, "", [])) == 2
+
+
+def test_figures_of_another_configuration_are_named(scenarios: str, tmp_path: Path) -> None:
+    profiles = choose_profiles("quality")
+    good = parse_scenarios(scenarios)[:1]
+    run_suite(good, profiles, tmp_path, command="")
+    longer = [dataclasses.replace(good[0], tokens=210)]
+    (failure,) = run_suite(longer, profiles, tmp_path, command="")
+    assert "another configuration (different: config, lengths, tokens)" in failure.reason
+    report = (tmp_path / "report.md").read_text()
+    assert "good quality: " in report.split("## Not run")[1] and "FORCE_RERUN=1" in report
+    assert not run_suite(longer, profiles, tmp_path, command="", force=True)
+    assert not run_suite(longer, profiles, tmp_path, command="")
+
+
+def test_where_nothing_can_run_the_report_says_why(scenarios: str, tmp_path: Path) -> None:
+    bad = parse_scenarios(scenarios)[1:]
+    (failure,) = run_suite(bad, choose_profiles("quality"), tmp_path / "new", command="")
+    assert "no model folder at '/nowhere/model'" in failure.reason
+    assert failure.reason in (tmp_path / "new" / "report.md").read_text()
+
+
+def test_models_of_scenarios_are_found_at_home(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tiny_model_folder.parent))
+    assert trained_positions(f"~/{tiny_model_folder.name}") == 256
 
 
 def test_collecting_from_nowhere_or_from_damage(tmp_path: Path) -> None:

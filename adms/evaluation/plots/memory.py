@@ -1,6 +1,7 @@
 """Memory against tokens, and time per token."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,18 +30,23 @@ def plot_memory(path: Path, lines: Sequence[Line], *, title: str) -> None:
 
 def plot_latency(
     path: Path,
-    times: Mapping[str, npt.NDArray[np.floating]],
-    labels: Mapping[str, str],
+    times: Sequence[tuple[str, str, npt.NDArray[np.floating]]],
     *,
     title: str,
 ) -> None:
-    """Milliseconds of written tokens: for each method the share that was at least as fast."""
+    """Milliseconds of written tokens: for each line the share that was at least as fast.
+
+    ``times`` has method, label and milliseconds of each line; a method's lines, one a budget, grow
+    thinner from the first on.
+    """
+    drawn: Counter[str] = Counter()
     with figure(path) as axes:
-        for method, values in times.items():
+        for method, label, values in times:
             share = np.arange(1, len(values) + 1) / len(values)
-            axes.step(
-                np.sort(values), share, where="post", label=labels[method], **line_look(method)
-            )
+            style = line_look(method)
+            style["linewidth"] *= 0.6 ** drawn[method]
+            drawn[method] += 1
+            axes.step(np.sort(values), share, where="post", label=label, **style)
             median = float(np.median(values))
             axes.plot([median], [0.5], **{**look(method), "linestyle": ""}, markersize=5)
         axes.set_xlabel("milliseconds for a token (marker: median)")

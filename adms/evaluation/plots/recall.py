@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from adms.evaluation.console import percent
 from adms.evaluation.plots.style import figure
 from adms.evaluation.run_folder import Row
 
@@ -47,7 +48,7 @@ def plot_recall(path: Path, rows: Sequence[Row], *, title: str) -> None:
 def _heat_map(axis: Any, share: Any, depths: list[float], lengths: list[int]) -> None:
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=8)
-    axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
+    axis.set_yticks(range(len(depths)), [percent(depth) for depth in depths], fontsize=8)
     axis.grid(visible=False)
     for row, column in np.ndindex(*share.shape):
         value = share[row, column]

@@ -16,7 +16,7 @@ from adms.evaluation.latency import (
     times_row,
     token_times,
 )
-from adms.evaluation.methods import ADMS, FULL, STREAMING
+from adms.evaluation.methods import ADMS, FULL, STREAMING, fit_first
 from adms.evaluation.run_folder import Row
 from adms.evaluation.speed_bench import GENERATE, STEPS, Bench, Goal
 
@@ -106,8 +106,9 @@ def batch16(bench: Bench) -> Iterator[Row]:
     for label, config in ((NO_MIDDLE, without), (ADMS, bench.config)):
         release(bench.model.device)
         cache = bench.open(ADMS, config=config)
+        fit_s = fit_first(cache, bench.positions[0], bench.batch)
         reading = bench.fill(cache, bench.batch, bench.positions[0])
-        row: Row = {"method": label, "position": cache.tokens_seen}
+        row: Row = {"method": label, "position": cache.tokens_seen, "fit_s": fit_s}
         row = _timed(bench, cache, bench.batch, GENERATE, row)
         yield row | {"read_tokens_per_s": reading}
 
