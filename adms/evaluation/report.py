@@ -15,10 +15,11 @@ from adms.evaluation.units import Unit
 ABOUT = {
     PERPLEXITY: (
         "Loss of each token as the model reads the text once, in chunks, through the cache. "
-        "`gap closed` is the share of the way from StreamingLLM to the full cache; where those "
-        "two differ by less than 3% it is left out. Differences are paired by token, with 95% "
-        "intervals from a block bootstrap; below 0 is better than StreamingLLM. The full cache and "
-        "the exact window (of as many tokens as ADMS holds) use more bytes and are ceilings."
+        "`gap closed` is the share of the way from StreamingLLM to the full cache; where the "
+        "full cache is not better by at least 3% it is left out. Differences are paired by token, "
+        "with 95% intervals from a block bootstrap; below 0 is better than StreamingLLM. The full "
+        "cache and the exact window (of as many tokens as ADMS holds) use more bytes and are "
+        "ceilings."
     ),
     SPEED: (
         "Reading in chunks, then writing token by token. Baselines other than full, window, "

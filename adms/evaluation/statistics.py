@@ -40,10 +40,11 @@ def gap_closed(streaming: float, full: float, method: float) -> float | None:
         streaming, full, method: perplexities at the same positions of the same text.
 
     Returns:
-        The share, or None where the two differ by less than 3%: there a ratio is mostly noise, and
-        the paired difference with its interval is the figure to read.
+        The share, or None where the full cache is not better by at least 3%: there a ratio is
+        mostly noise (or, where a model was trained on shorter texts, there is no gap), and the
+        paired difference with its interval is the figure to read.
     """
-    if abs(streaming - full) < 0.03 * full:
+    if streaming - full < 0.03 * full:
         return None
     return (streaming - method) / (streaming - full)
 

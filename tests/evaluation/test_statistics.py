@@ -19,6 +19,7 @@ def test_gap_closed_as_in_the_published_figures() -> None:
     assert gap_closed(5.46, 4.28, 4.61) == pytest.approx(0.72, abs=0.005)
     # Less than 3% apart: a ratio would be noise.
     assert gap_closed(10.2, 10.0, 9.9) is None
+    assert gap_closed(10.0, 12.0, 9.0) is None
 
 
 def test_interval_covers_the_mean_of_correlated_series() -> None:
