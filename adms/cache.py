@@ -181,10 +181,8 @@ class ADMSKVCache(TransactionalCache):
             # Attention stores them on its way. Which layer it is must not be asked here, see
             # ``compiled_layers``.
             return key_states, value_states
-        # Under autocast products come in its dtype, what rotates them in the model's. (Positions
-        # that a family stores beside its states are neither.)
-        is_cast = torch.is_autocast_enabled(key_states.device.type)
-        if is_cast and value_states.shape[3] > 1:
+        if torch.is_autocast_enabled(key_states.device.type):
+            # Products come in autocast's dtype, what rotates them in the model's.
             dtype = self.binding_for_use.dtype
             key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)

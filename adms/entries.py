@@ -4,6 +4,8 @@ Shapes: ``B`` batch rows, ``K`` KV heads, ``N`` entries, ``D`` head size of keys
 values.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -66,3 +68,13 @@ def all_finite(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     times zero, which takes a third of the operations of asking each number.
     """
     return ~torch.cat([keys, values], dim=-1).mul_(0).sum().isnan()
+
+
+@contextlib.contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Has tensors allocated that may be written anywhere, without gradients.
+
+    What is allocated in inference mode could never be written outside of it again.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield

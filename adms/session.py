@@ -17,6 +17,7 @@ from adms import session_file
 from adms.cache import ADMSKVCache
 from adms.config import ADMSConfig
 from adms.enable import disable_adms, enable_adms_llm, is_enabled
+from adms.entries import ordinary_tensors
 from adms.errors import ADMSTypeError, ADMSValueError
 from adms.moments import resolve_calibration
 from adms.patches import find_family
@@ -128,8 +129,7 @@ def load_session(path: str | os.PathLike[str], model: nn.Module, **arguments: An
         arguments["calibration"] = given or stored
     was_enabled = is_enabled(model)
     try:
-        # What is allocated in inference mode could never be written outside of it again.
-        with torch.inference_mode(False), torch.no_grad():
+        with ordinary_tensors():
             cache = _enabled(model, config, reader, arguments)
             reader.fill(cache, host)
     except BaseException:

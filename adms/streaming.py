@@ -63,7 +63,8 @@ def stream(
     chunk = cache.chunk_tokens
     bounds = list(range(columns % chunk or min(chunk, columns), columns, chunk)) + [columns]
     outputs, start = [], 0
-    # Held for the whole call: tokens of another one must not come between its chunks.
+    # Held for the whole call: tokens of another one must not come between its chunks. Without
+    # gradients, which would keep what the tiers held alive.
     with cache.exclusive():
         for stop in bounds:
             own = slice_arguments(arguments, start, stop, columns)
@@ -73,16 +74,14 @@ def stream(
                 new = [width] * batch if own_valid is None else own_valid.sum(1).tolist()
                 cache.fit_before(new)
                 if prepare is not None:
-                    with torch.no_grad():
-                        prepare(decoder, forward, cache, new)
+                    prepare(decoder, forward, cache, new)
                 cache.begin(batch, stop - start, own_valid, inputs.device)
                 own["past_key_values"] = cache
                 own["adms_cache"] = cache
                 if adjust is not None:
                     adjust(own, cache)
-                with torch.no_grad():
-                    outputs.append(advance(decoder, forward, cache, own))
-                    cache.commit()
+                outputs.append(advance(decoder, forward, cache, own))
+                cache.commit()
             except Exception as error:
                 cache.rollback()
                 stored = f"{start} of the call's {columns} tokens per row were stored before"

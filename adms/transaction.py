@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 from adms.binding import Binding
 from adms.commit import Commit
 from adms.config import ADMSConfig, Sizes
+from adms.entries import ordinary_tensors
 from adms.errors import ADMSValueError, CacheStateError
 from adms.kernels.choice import using
 from adms.layer import ADMSLayer
@@ -103,8 +104,7 @@ class TransactionalCache(Cache):
                 raise CacheStateError(
                     "this cache is in use by another call; give each thread a cache of its own"
                 )
-            # What is allocated in inference mode could never be written outside of it again.
-            with torch.inference_mode(False), torch.no_grad():
+            with ordinary_tensors():
                 self._settle()
                 yield
         finally:

@@ -107,9 +107,7 @@ def recent_layer(cache: ADMSKVCache) -> WindowLayer:
 
 def remember(cache: ADMSKVCache, embeddings: torch.Tensor, positions: torch.Tensor) -> None:
     """Hands embeddings ``[B, Q, W]`` and positions ``[B, Q]`` of a pass to their layer."""
-    cache.update(
-        embeddings[:, None], positions[:, None, :, None].float(), recent_layer(cache).layer_idx
-    )
+    recent_layer(cache).update(embeddings[:, None], positions[:, None, :, None].float())
 
 
 def next_positions(cache: ADMSKVCache, timeline: Timeline) -> list[int]:

@@ -34,8 +34,9 @@ from pathlib import Path
 import torch
 
 from adms import ADMSConfig
-from adms.evaluation.latency import METHODS, measure_all, random_llama
+from adms.evaluation.latency import METHODS, measure_all
 from adms.evaluation.models import SMOLLM2, load_model
+from adms.evaluation.random_models import random_llama
 from adms.evaluation.run_folder import Row
 from adms.evaluation.speed_bench import Bench
 from adms.evaluation.speed_parts import PARTS

@@ -36,13 +36,15 @@ def attention_bias(
     """What is added to the scores, or None where plain (or plain causal) attention is right."""
     has_landmarks = len(parts) > 2 and geometry is not None and geometry.landmarks > 0
     weighted = any(part.entries.log_weight is not None for part in parts)
-    if has_landmarks or weighted:
-        # These differ between layers.
-        return _make_bias(scheme, view, geometry, parts, query_positions, query, span)
     key = ("bias", geometry, id(scheme), query.device, query.dtype, span)
-    if key not in view.shared:
-        view.shared[key] = _make_bias(scheme, view, geometry, parts, query_positions, query, span)
-    return view.shared[key]  # type: ignore[return-value]
+    # Landmarks and weights differ between layers.
+    is_shared = not (has_landmarks or weighted)
+    if is_shared and key in view.shared:
+        return view.shared[key]  # type: ignore[return-value]
+    bias = _make_bias(scheme, view, geometry, parts, query_positions, query, span)
+    if is_shared:
+        view.shared[key] = bias
+    return bias
 
 
 def _masks(

@@ -17,6 +17,7 @@ from adms.evaluation.run_folder import Row, csv_text, differing, markdown_table,
 from adms.evaluation.runner import SUMMARY, folder_config, forget, run_evaluation
 from adms.evaluation.scenarios import Scenario
 from adms.evaluation.settings import PERPLEXITY, SPEED, Evaluation, Profile
+from adms.outputs import ready_folder
 from adms.patches import FAMILIES
 
 DEFAULT_ROOT = "outputs/auto_adms_runs"
@@ -114,13 +115,8 @@ def run_suite(
                     out.print(f"  not run: {reason}", markup=False)
     this_process().wait_for_everyone()
     if is_main:
-        try:
-            # Where nothing could run, nothing has made it.
-            root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ADMSValueError(
-                f"cannot write results to {str(root)!r}: {error.strerror}; use another folder"
-            ) from error
+        # Where nothing could run, nothing has made it.
+        ready_folder(root)
         aggregate(root, command, failures)
     return failures
 

@@ -2,14 +2,12 @@
 
 import runpy
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from adms import ADMSConfig, ADMSValueError, enable_adms_llm, installation
+from adms import ADMSConfig, ADMSValueError, enable_adms_llm
 from adms.evaluation.latency import (
     FULL,
     QUANTIZED,
@@ -18,10 +16,10 @@ from adms.evaluation.latency import (
     fill_bounded,
     measure_all,
     obstacle,
-    random_llama,
 )
 from adms.evaluation.methods import ADMS, STREAMING
 from adms.evaluation.plots.latency import plot_latency
+from adms.evaluation.random_models import random_llama
 from tests.streams import feed, random_ids
 
 CONFIG = ADMSConfig(start_size=4, recent_size=64, compressed_budget=160)
@@ -56,16 +54,7 @@ def test_every_method_side_by_side(tmp_path: Path) -> None:
     assert all(path.stat().st_size > 0 for path in drawn)
 
 
-def test_the_fit_to_the_model_is_a_column_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A fit of a thousand seconds, by the clock that everything is timed with.
-    passed, clock, fit = [0.0], time.perf_counter, installation.fit_to_own_texts
-
-    def slow_fit(*arguments: Any) -> None:
-        fit(*arguments)
-        passed[0] += 1000
-
-    monkeypatch.setattr(installation, "fit_to_own_texts", slow_fit)
-    monkeypatch.setattr(time, "perf_counter", lambda: clock() + passed[0])
+def test_the_fit_to_the_model_is_a_column_of_its_own(slow_fit: list[float]) -> None:
     (row,) = measure_all(tiny(), [ADMS], CONFIG, batches=[1], positions=[400], tokens=9)
     assert row["fit_s"] > 1000 and row["read_tokens_per_s"] > 1
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adms import ADMSConfig
-from adms.evaluation.latency import random_llama
+from adms.evaluation.random_models import random_llama
 from adms.evaluation.speed_bench import Bench, Goal
 from adms.evaluation.speed_parts import PARTS, crossing
 from adms.evaluation.speed_report import SpeedReport

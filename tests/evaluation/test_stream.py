@@ -1,6 +1,5 @@
 """Reading through a cache: losses, bytes, answers; needles; equal memory."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from adms import ADMSConfig, ADMSValueError, enable_adms_llm, enable_streaming_llm, installation
+from adms import ADMSConfig, ADMSValueError, enable_adms_llm, enable_streaming_llm
 from adms.evaluation import needles
 from adms.evaluation.methods import open_method, require_equal_memory, tokens_held
 from adms.evaluation.models import load_model
@@ -25,18 +24,7 @@ def loaded(tiny_model_folder: Path):  # type: ignore[no-untyped-def]
     return load_model(tiny_model_folder)
 
 
-def test_the_fit_to_the_model_is_no_reading(
-    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # A fit of a thousand seconds, by the clock that everything is timed with.
-    passed, clock, fit = [0.0], time.perf_counter, installation.fit_to_own_texts
-
-    def slow_fit(*arguments: Any) -> None:
-        fit(*arguments)
-        passed[0] += 1000
-
-    monkeypatch.setattr(installation, "fit_to_own_texts", slow_fit)
-    monkeypatch.setattr(time, "perf_counter", lambda: clock() + passed[0])
+def test_the_fit_to_the_model_is_no_reading(tiny_model_folder: Path, slow_fit: list[float]) -> None:
     ids = torch.randint(0, 256, (1, 200))
     config = CONFIG.replace(compressed_budget=40)
 
@@ -45,7 +33,7 @@ def test_the_fit_to_the_model_is_no_reading(
             return measure_speed(model, method, ids, chunk=8, decode_tokens=4)[0]
 
     model, _ = load_model(tiny_model_folder)
-    assert speed("streaming")["fit_s"] is None and not passed[0]
+    assert speed("streaming")["fit_s"] is None and not slow_fit[0]
     first, again = speed("adms"), speed("adms")
     assert first["fit_s"] > 1000 and again["fit_s"] is None
     assert max(first["first_token_ms"], first["token_ms_p99"]) < 1e6
