@@ -1,21 +1,25 @@
-"""Whether a pass of one token runs as a static step (``step``) or like any other pass."""
+"""Whether a pass runs as a static one (``step``, ``chunk_step``), or as it is."""
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from adms import compat
+from adms import chunk_step, compat
+from adms.attention.chunk import applies
 from adms.binding import PositionScheme
 from adms.cache import ADMSKVCache
+from adms.chunk_step import ChunkStep
 from adms.errors import ADMSValueError
 from adms.gates.coder import GatedCompressor
 from adms.kernels import has_triton
 from adms.kernels.decode_attention import rotate
 from adms.layer import ADMSLayer
 from adms.positions import ForwardView
+from adms.steady import has_places
 from adms.step import DecodeStep, phase_of
 from adms.step_buffers import planned_bytes
 from adms.tiers.head_landmarks import HeadLandmarkStore
@@ -31,24 +35,42 @@ KNOWN = frozenset(
 )
 
 
+@dataclass
+class Reading:
+    """How one call reads its chunks.
+
+    Attributes:
+        left: chunks of full size that are still to be read, the next one included.
+        step: replays them, once there was one to be captured.
+        is_general: whether something is in the way of that.
+    """
+
+    left: int
+    step: ChunkStep | None = None
+    is_general: bool = False
+
+
 def advance(
     decoder: nn.Module,
     forward: Callable[..., Any],
     cache: ADMSKVCache,
     arguments: dict[str, Any],
+    reading: Reading,
 ) -> Any:
-    """Runs the pass that is under way: as a static step where one can be made, else as it is.
+    """Runs the pass that is under way: as a static one where that can be, else as it is.
 
     Raises:
         ADMSValueError: ``kernel="triton"`` was asked for, and a step cannot be made.
     """
     view, kernel = cache.require_view(), cache.binding_for_use.kernel
-    if view.columns != 1 or kernel == "torch" or not cache.is_initialized:
+    if kernel == "torch" or not cache.is_initialized:
         return forward(**arguments)
+    if view.columns != 1:
+        return _read(decoder, forward, cache, arguments, reading)
     step = cache.step
     if step is not None and not step.fits(cache, decoder):
         step = None
-    reason = _obstacle(cache, step, view, decoder, arguments)
+    reason = _step_obstacle(cache, step, view, decoder, arguments)
     if kernel == "triton" and view.device.type != "cuda":
         reason = f"it is for CUDA, and the model is on {view.device.type}"
     if reason is None:
@@ -74,6 +96,57 @@ def advance(
     return forward(**arguments)
 
 
+def _read(
+    decoder: nn.Module,
+    forward: Callable[..., Any],
+    cache: ADMSKVCache,
+    arguments: dict[str, Any],
+    reading: Reading,
+) -> Any:
+    """A chunk: replayed where the call has enough of its kind left, else as it is."""
+    view, step = cache.require_view(), reading.step
+    enough = step is not None or reading.left >= chunk_step.WORTH
+    if reading.is_general or not enough or not _is_steady(cache, view):
+        return forward(**arguments)
+    if step is None:
+        layer, scheme = cache.layers[0], cache.binding_for_use.kinds[0].scheme
+        reason = cache.chunk_refused or _obstacle(cache, None, view, decoder, arguments)
+        if reason is not None or not applies(cache, layer, scheme):
+            reading.is_general = True
+            return forward(**arguments)
+        step = ChunkStep(cache, forward)
+    try:
+        result = step.run(arguments)
+    except Exception as error:
+        if step is reading.step:
+            raise
+        # What a model does in a pass cannot be known before it is captured.
+        first = str(error).strip().split("\n")[0]
+        cache.chunk_refused = f"its capture failed ({type(error).__name__}: {first})"
+        logger.warning("chunks are read without a CUDA graph: %s", cache.chunk_refused)
+        reading.is_general = True
+        return forward(**arguments)
+    reading.step = step
+    return result
+
+
+def _is_steady(cache: ADMSKVCache, view: ForwardView) -> bool:
+    """Whether a chunk is of full size and brings in as many tokens as leave, all of them coded."""
+    timeline, count = view.timeline, view.columns
+    layer = cache.layers[0]
+    if view.device.type not in chunk_step.DEVICES or view.column_valid is not None:
+        return False
+    if count != cache.chunk_tokens or not isinstance(layer, ADMSLayer) or layer.middle is None:
+        return False
+    geometry, sink = layer.middle.plan.geometry, cache.sizes.sink
+    after = timeline.evicted_after(view.new)
+    return has_places(layer, count) and all(
+        # They leave the ring, which none of the chunk's own has entered.
+        new - old == count and sink <= old and new <= seen and geometry.is_coded(old - sink)
+        for old, new, seen in zip(timeline.evicted, after, timeline.seen, strict=True)
+    )
+
+
 def _obstacle(
     cache: ADMSKVCache,
     step: DecodeStep | None,
@@ -81,14 +154,15 @@ def _obstacle(
     decoder: nn.Module,
     arguments: dict[str, Any],
 ) -> str | None:
-    """Why this pass cannot be a static step; None where it can."""
-    binding, timeline = cache.binding_for_use, view.timeline
+    """Why this pass cannot be a static one; None where it can.
+
+    What ``step`` was made for is not asked again.
+    """
+    binding = cache.binding_for_use
     if cache.layer_class is not ADMSLayer:
         return "the cache's layers do more with a pass than hold its tokens"
     if view.device.type not in PHASES:
         return f"static steps are for {' and '.join(PHASES)}, the model is on {view.device.type}"
-    if cache.step_refused is not None:
-        return cache.step_refused
     if not binding.captures:
         return "the architecture, or tensor parallelism, does more in a pass than a graph can hold"
     if view.device.type == "cuda" and not has_triton():
@@ -131,11 +205,25 @@ def _obstacle(
         schemes = {id(kind.scheme) for kind in binding.kinds}
         if len(schemes) > 1 or not _turns_halves(binding.kinds[0].scheme, layers[0]):
             return "positions enter otherwise than by turning the two halves of a head"
-        if _planned_bytes(cache, decoder) > cache.token_nbytes * (binding.sizes.chunk - 1):
-            return (
-                "its buffers would take more than the tokens of a chunk; raise prefill_chunk_size"
-            )
-    middle = cache.layers[0].middle
+    return None
+
+
+def _step_obstacle(
+    cache: ADMSKVCache,
+    step: DecodeStep | None,
+    view: ForwardView,
+    decoder: nn.Module,
+    arguments: dict[str, Any],
+) -> str | None:
+    """Why this pass cannot be a static step; None where it can."""
+    reason = cache.step_refused or _obstacle(cache, step, view, decoder, arguments)
+    if reason is not None:
+        return reason
+    if step is None and _planned_bytes(cache, decoder) > (
+        cache.token_nbytes * (cache.sizes.chunk - 1)
+    ):
+        return "its buffers would take more than the tokens of a chunk; raise prefill_chunk_size"
+    timeline, middle = view.timeline, cache.layers[0].middle
     totals = timeline.middle_totals
     phases = {phase_of(middle, total) for total in totals}
     if len(phases) > 1:

@@ -165,7 +165,7 @@ class Places:
         return self._where_coded(self._middle.entries_per_record, 1)
 
     @functools.cached_property
-    def _records(self) -> torch.Tensor:
+    def records(self) -> torch.Tensor:
         """Records ``[R, 1]`` that a row holds; a token is one before it is coded."""
         return self.held // self._block
 
@@ -177,7 +177,7 @@ class Places:
     @functools.cached_property
     def _wanted(self) -> torch.Tensor:
         """Positions ``[R, 1]`` that the whole middle would like to have."""
-        entries = self._records * self._per_record
+        entries = self.records * self._per_record
         match self.anchor_mode:
             case "grid":
                 return entries + self._old
@@ -200,7 +200,7 @@ class Places:
     def middle(self, width: int) -> MiddleView:
         """The first ``width`` entries in memory order, at least as many as any row holds."""
         geometry, sink = self._middle, self.sizes.sink
-        block, per_record, records = self._block, self._per_record, self._records
+        block, per_record, records = self._block, self._per_record, self.records
         index = torch.arange(width, device=self.evicted.device)
         last = self.total // block - 1
         slot = index // per_record

@@ -5,12 +5,16 @@ Shapes: ``B`` rows (1 where all rows agree), ``N`` entries of a tier, ``Q`` new 
 
 import functools
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
 from adms.config import Sizes
 from adms.places import MiddleGeometry, MiddleView, Places
 from adms.timeline import Timeline, ring_tokens
+
+if TYPE_CHECKING:
+    from adms.steady import SteadyCommit
 
 # An ALiBi model's sinks keep their share of attention among this many entries, and weigh more among
 # more; faster than in proportion, since the distance to them grows too (docs/alibi-streams.md).
@@ -60,6 +64,8 @@ class ForwardView:
         self._places: dict[MiddleGeometry | None, Places] = {}
         #: whether the pass is one of a ``DecodeStep``, which has buffers of its own
         self.is_step = False
+        #: what puts a static pass in place, if its commit was worked out with it
+        self.commit: SteadyCommit | None = None
         #: ``[B]`` text position before which a family has the middle forgotten, or None
         self.forgotten: torch.Tensor | None = None
         #: whether the pass measures where in the recent tier attention goes
@@ -105,6 +111,15 @@ class ForwardView:
         if self._columns_valid is None:
             return list(range(self.columns))
         return self._columns_valid[row].nonzero().flatten().tolist()
+
+    @property
+    def middle_totals(self) -> list[int]:
+        """Tokens that have entered the middle, as far as they decide what is read, per row."""
+        return self.timeline.middle_totals
+
+    def records_held(self, geometry: MiddleGeometry) -> torch.Tensor | None:
+        """``[R, 1]`` records of a coded middle; None where ``middle_totals`` says it."""
+        return None
 
     # --- the exact tiers -----------------------------------------------------------------------
 

@@ -10,29 +10,50 @@ second overwrites, so that an error or an interrupt anywhere leaves the cache as
 Shapes: ``L`` layers, ``B`` rows, ``K`` KV heads, ``N`` tokens that leave.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, Self
 
 import torch
 
 from adms.commit import Work, settle_landmarks, stacks_of
 from adms.entries import Entries
-from adms.step_capture import rehearsal_stream
+from adms.layer import ADMSLayer
+from adms.step_capture import capture_stream, rehearsal_stream
 from adms.tiers.exact import at_slots
 from adms.tiers.undo import Undo
-from adms.timeline import Timeline
-
-if TYPE_CHECKING:
-    from adms.step import DecodeStep
 
 # Rehearsals before a capture, in which kernels are compiled and libraries set themselves up.
 REHEARSALS = 2
+
+
+class StaticPass(Protocol):
+    """The pass that a static commit belongs to.
+
+    Attributes:
+        layers: that are alike and coded.
+        batch: rows.
+        device: of all of them.
+    """
+
+    layers: list[ADMSLayer]
+    batch: int
+    device: torch.device
+
+    @property
+    def evicted(self) -> torch.Tensor:
+        """``[R]`` int64, tokens that have left the recent tier."""
+
+    def count_on(self, count: int) -> None:
+        """Brings what lies on the device up to date once ``count`` tokens have left."""
+
+    def outdate(self) -> None:
+        """Says that what lies on the device may be anything."""
 
 
 class SteadyCommit:
     """The commit of a stream whose rows are all coded and lose ``count`` tokens each.
 
     Args:
-        step: the step beside which it works.
+        owner: the pass beside which it works.
         count: tokens that leave, at most as many as the middle has places for.
     """
 
@@ -41,28 +62,24 @@ class SteadyCommit:
     #: whether what a static step holds must be worked out anew
     outdates_step = False
 
-    def __init__(self, step: "DecodeStep", count: int) -> None:
-        self.step = step
+    def __init__(self, owner: StaticPass, count: int) -> None:
+        self.owner = owner
         self.count = count
         self.works: list[Work] = []
         self.undo = Undo()
         self.graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
 
     @classmethod
-    def of(cls, step: "DecodeStep", timeline: Timeline) -> "SteadyCommit | None":
-        """The one that a stream settles to; None where its tokens do not fit their places."""
-        middle = step.layers[0].middle
-        if middle is None or middle.plan.coder is None:
-            return None
-        coder, count = middle.plan.coder, timeline.sizes.interval
-        records, rest = divmod(count, coder.block_tokens)
-        room = min(coder.num_records, coder.num_coarse or coder.num_records)
-        return None if rest or records > room else cls(step, count)
+    def of(cls, owner: StaticPass, count: int) -> Self | None:
+        """The one by which ``count`` tokens leave; None where they do not fit their places."""
+        return cls(owner, count) if has_places(owner.layers[0], count) else None
 
     def makes(self, before: list[int], after: list[int]) -> bool:
         """Whether this is the commit by which ``evicted`` of all rows changes so."""
         left = {new - old for old, new in zip(before, after, strict=True)}
-        return left == {self.count} and (self.graphs is not None or not self.step.captures)
+        return left == {self.count} and (
+            self.graphs is not None or self.owner.device.type != "cuda"
+        )
 
     # --- a commit --------------------------------------------------------------------------------
 
@@ -71,7 +88,7 @@ class SteadyCommit:
         if self.graphs is not None:
             self.graphs[0].replay()
         else:
-            self._prepare()
+            self.work_out()
 
     def keep_overwritten(self) -> None:
         """Was done already."""
@@ -81,23 +98,22 @@ class SteadyCommit:
         if self.graphs is not None:
             self.graphs[1].replay()
         else:
-            self._apply()
+            self.put_in_place()
 
     def take_back(self) -> None:
         """Puts back what was overwritten."""
-        self.step.stale = True
+        self.owner.outdate()
         self.undo.restore()
 
-    def _prepare(self) -> None:
-        step, held = self.step, self.step.held
-        if held is None:
-            raise RuntimeError("a commit before the step has its buffers")
-        sizes = step.layers[0].cache.sizes
-        evicted = held.evicted.expand(step.batch)
-        leaving = evicted[:, None] + torch.arange(self.count, device=step.device)
+    def work_out(self) -> None:
+        """What ``prepare`` does, on the current stream."""
+        owner = self.owner
+        sizes = owner.layers[0].cache.sizes
+        evicted = owner.evicted.expand(owner.batch)
+        leaving = evicted[:, None] + torch.arange(self.count, device=owner.device)
         slots = sizes.sink + leaving % sizes.ring
         self.works, self.undo = [], Undo()
-        for stack in stacks_of(step.layers, step.batch * self.count):
+        for stack in stacks_of(owner.layers, owner.batch * self.count):
             if stack.middle is None:
                 raise RuntimeError("a layer without a middle was to code tokens")
             work = Work(stack)
@@ -115,14 +131,12 @@ class SteadyCommit:
             if work.stack.middle is not None:
                 work.stack.middle.keep_overwritten(work.writes, self.undo)
 
-    def _apply(self) -> None:
+    def put_in_place(self) -> None:
+        """What ``apply`` does, on the current stream."""
         for work in self.works:
             if work.stack.middle is not None:
                 work.stack.middle.apply(work.writes)
-        if self.step.held is None:
-            raise RuntimeError("a commit before the step has its buffers")
-        self.step.held.evicted += self.count
-        self.step.renew()
+        self.owner.count_on(self.count)
 
     # --- its capture -----------------------------------------------------------------------------
 
@@ -132,14 +146,23 @@ class SteadyCommit:
         Args:
             pool: the memory of the step's graph, which never runs at the same time.
         """
-        side = rehearsal_stream(self.step.device)
+        side = rehearsal_stream(self.owner.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(REHEARSALS):
-                self._prepare()
+                self.work_out()
         torch.cuda.current_stream().wait_stream(side)
         graphs = (torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph())
-        for graph, half in zip(graphs, (self._prepare, self._apply), strict=True):
-            with torch.cuda.graph(graph, pool=pool):
+        for graph, half in zip(graphs, (self.work_out, self.put_in_place), strict=True):
+            with torch.cuda.graph(graph, pool=pool, stream=capture_stream(self.owner.device)):
                 half()
         self.graphs = graphs
+
+
+def has_places(layer: ADMSLayer, count: int) -> bool:
+    """Whether ``count`` tokens at once are whole records, and no more than there are slots."""
+    if layer.middle is None or layer.middle.plan.coder is None:
+        return False
+    coder = layer.middle.plan.coder
+    records, rest = divmod(count, coder.block_tokens)
+    return not rest and records <= min(coder.num_records, coder.num_coarse or coder.num_records)

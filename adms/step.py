@@ -27,7 +27,7 @@ from adms.positions import ForwardView
 from adms.stack import tensors_of
 from adms.steady import SteadyCommit
 from adms.step_buffers import FULL, Held, Shared, hold
-from adms.step_capture import Output, rehearsal_stream
+from adms.step_capture import Output, capture_stream, rehearsal_stream
 from adms.tiers.middle import MiddleTier
 
 # Passes before a capture, in which kernels are compiled and libraries set themselves up.
@@ -132,7 +132,7 @@ class DecodeStep:
             self.steady = None
             is_steady = self.device.type in STEADY_DEVICES and self.kernel in STEADY_KERNELS
             if phase == "coded" and is_steady:
-                self.steady = SteadyCommit.of(self, view.timeline)
+                self.steady = SteadyCommit.of(self, view.timeline.sizes.interval)
             self.inputs = torch.empty_like(given, memory_format=torch.contiguous_format)
         if self.inputs is None:
             raise RuntimeError("a step without a place for its input")
@@ -182,7 +182,7 @@ class DecodeStep:
                     self._pass(forward, arguments)
                 self.held.seen.copy_(seen)
             torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=capture_stream(self.device)):
                 result = self._pass(forward, arguments)
         # The passes before were rehearsals: they wrote what this one will write again.
         self.held.seen.copy_(seen)
@@ -224,11 +224,23 @@ class DecodeStep:
         places = view.places(None if middle is None else middle.plan.geometry)
         return hold(places, view.seen.clone(), view.evicted.clone(), width, self._marks)
 
-    def renew(self) -> None:
-        """Works out anew what follows from the counts ``seen`` and ``evicted`` that are held."""
+    @property
+    def evicted(self) -> torch.Tensor:
+        """``[R]`` int64, tokens that have left the recent tier."""
+        if self.held is None:
+            raise RuntimeError("a commit before the step has its buffers")
+        return self.held.evicted
+
+    def outdate(self) -> None:
+        """Has what is held worked out anew before the next pass."""
+        self.stale = True
+
+    def count_on(self, count: int) -> None:
+        """Once ``count`` tokens have left: what is held follows from the counts."""
         held, middle = self.held, self.layers[0].middle
         if held is None or held.valid is None or middle is None:
             raise RuntimeError("a step without a middle was to be brought up to date")
+        held.evicted += count
         places = Places(
             self.layers[0].cache.sizes,
             middle.plan.geometry,

@@ -7,6 +7,12 @@ import torch
 
 
 @functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where passes are captured; PyTorch's own choice is of the device that captured first."""
+    return torch.cuda.Stream(device)
+
+
+@functools.cache
 def rehearsal_stream(device: torch.device) -> torch.cuda.Stream:
     """Where passes run before they are captured: one for all, as cuBLAS keeps 32 MiB for each."""
     return torch.cuda.Stream(device)

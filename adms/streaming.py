@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from adms.cache import ADMSKVCache
-from adms.decode import advance
+from adms.decode import Reading, advance
 from adms.errors import ADMSError, ADMSTypeError, ADMSValueError, CacheStateError, ForwardError
+from adms.kernels.choice import on_device
 
 # Arguments that have one entry per column.
 PER_COLUMN = ("input_ids", "inputs_embeds", "token_type_ids")
@@ -62,10 +63,10 @@ def stream(
     valid = column_validity(arguments.get("attention_mask"), cache, batch, columns)
     chunk = cache.chunk_tokens
     bounds = list(range(columns % chunk or min(chunk, columns), columns, chunk)) + [columns]
-    outputs, start = [], 0
+    outputs, start, reading = [], 0, Reading(columns // chunk)
     # Held for the whole call: tokens of another one must not come between its chunks. Without
     # gradients, which would keep what the tiers held alive.
-    with cache.exclusive():
+    with cache.exclusive(), on_device(inputs.device):
         for stop in bounds:
             own = slice_arguments(arguments, start, stop, columns)
             own_valid = None if valid is None else valid[:, start:stop]
@@ -80,7 +81,7 @@ def stream(
                 own["adms_cache"] = cache
                 if adjust is not None:
                     adjust(own, cache)
-                outputs.append(advance(decoder, forward, cache, own))
+                outputs.append(advance(decoder, forward, cache, own, reading))
                 cache.commit()
             except Exception as error:
                 cache.rollback()
@@ -94,7 +95,7 @@ def stream(
             except BaseException:
                 cache.rollback()
                 raise
-            start = stop
+            start, reading.left = stop, (columns - stop) // chunk
     return join_outputs(outputs, cache)
 
 

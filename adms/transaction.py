@@ -62,8 +62,9 @@ class TransactionalCache(Cache):
         self.step: DecodeStep | None = None
         #: why the last token was decoded without one
         self.step_obstacle: str | None = None
-        #: why no further one is tried
+        #: why no further one is tried, and no further static chunk
         self.step_refused: str | None = None
+        self.chunk_refused: str | None = None
         self._unchecked: ForwardView | None = None
 
     @property
@@ -236,7 +237,7 @@ class TransactionalCache(Cache):
         elif after != timeline.evicted or view.device.type == "cpu":
             # What is not finite must not be coded; else there is time until the next call.
             self._require_finite_step()
-        commit: Commit | SteadyCommit | None = None
+        commit: Commit | SteadyCommit | None = view.commit
         if view.is_step and self.step is not None:
             commit = self.step.commit_of(timeline.evicted, after)
         if commit is None:

@@ -73,7 +73,7 @@ def test_steady_commits_are_commits(compressor: str, rows: int, made: list[Stead
             logits.append(feed(model, random_ids(rows, 60, seed=2), cache, 1))
             assert cache.step is not None, cache.step_obstacle
             caches.append(cache)
-    assert len(made) == 7 and {one.step for one in made} == {caches[1].step}
+    assert len(made) == 7 and {one.owner for one in made} == {caches[1].step}
     assert_alike(*caches)
     assert torch.equal(*logits)
 
@@ -97,7 +97,7 @@ def test_they_stay_the_same_until_the_oldest_codes_go(made: list[SteadyCommit]) 
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()])
-@pytest.mark.parametrize("name", ["_prepare", "_apply", "renew"])
+@pytest.mark.parametrize("name", ["work_out", "put_in_place", "count_on"])
 def test_a_failed_one_changes_nothing(
     name: str, error: BaseException, made: list[SteadyCommit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,11 +108,11 @@ def test_a_failed_one_changes_nothing(
         # The next token's commit moves tokens.
         feed(model, ids[:, :7], one, 1)
     assert not made
-    owner: Any = adms.step.DecodeStep if name == "renew" else SteadyCommit
+    owner: Any = adms.step.DecodeStep if name == "count_on" else SteadyCommit
     real = getattr(owner, name)
 
-    def half_way(self: Any) -> None:
-        real(self)
+    def half_way(self: Any, *count: int) -> None:
+        real(self, *count)
         raise error
 
     with monkeypatch.context() as patch:
@@ -182,7 +182,7 @@ def test_another_way_of_committing_in_between(made: list[SteadyCommit]) -> None:
             found.append(feed(model, random_ids(1, 20, seed=6), cache, 1))
             logits.append(found)
             caches.append(cache)
-    assert len(made) >= 8 and len({one.step for one in made}) > 1
+    assert len(made) >= 8 and len({one.owner for one in made}) > 1
     assert_alike(*caches)
     for own, other in zip(*logits, strict=True):
         assert torch.equal(own, other)

@@ -99,7 +99,7 @@ def _applies(
     start, stop = view.exact_slice
     if stop <= start or scheme.weighs_sinks or scheme.adds_bias:
         return False
-    coded = set(_coded(cache, layer))
+    coded = set(_coded(view, layer))
     if len(coded) > 1:
         return False
     if layer.middle is not None and True in coded:
@@ -152,20 +152,12 @@ def attend_chunk(
     )
 
 
-def _coded(cache: ADMSKVCache, layer: ADMSLayer) -> list[bool]:
+def _coded(view: ForwardView, layer: ADMSLayer) -> list[bool]:
     """Which rows of the layer are coded."""
-    timeline = cache.timeline
-    if timeline is None or layer.middle is None:
+    if layer.middle is None:
         return [False]
     geometry = layer.middle.plan.geometry
-    return [geometry.is_coded(total) for total in timeline.middle_totals]
-
-
-def _totals(cache: ADMSKVCache) -> list[int]:
-    timeline = cache.timeline
-    if timeline is None:
-        raise RuntimeError("a pass without a timeline")
-    return timeline.middle_totals
+    return [geometry.is_coded(total) for total in view.middle_totals]
 
 
 # --- what all layers of a kind share -------------------------------------------------------------
@@ -197,7 +189,7 @@ def _make_places(
     tokens, valid = view.exact_tokens()
     positions = [view.exact_positions(tokens, geometry)]
     shown = [valid]
-    totals = _totals(cache)
+    totals = view.middle_totals
     if layer.middle is not None and geometry is not None and any(totals):
         middle = view.middle(geometry)
         positions.append(middle.positions)
@@ -245,10 +237,11 @@ def _read(
     stack = run_of(cache.layers[first:end][: _most(cache, layer)])
     start, stop = view.exact_slice
     parts = [Entries(*(_beside(part[..., start:stop, :]) for part in stack.exact.tensors()))]
-    totals = _totals(cache)
+    totals = view.middle_totals
     if stack.reader is not None and any(totals):
         by_tables = decodes_by_tables(cache.binding_for_use.kernel, query)
-        parts += _of_middle(stack.reader, totals, len(stack.layers), by_tables)
+        held = view.records_held(stack.reader.plan.geometry)
+        parts += _of_middle(stack.reader, totals, len(stack.layers), by_tables, held)
     keys = torch.cat([part.keys for part in parts], dim=2) if len(parts) > 1 else parts[0].keys
     values = torch.cat([part.values for part in parts], dim=2)
     places = _places(cache, layer, scheme, view, query)
@@ -267,13 +260,22 @@ def _most(cache: ADMSKVCache, layer: ADMSLayer) -> int:
 
 
 def _of_middle(
-    reader: MiddleTier, totals: list[int], layers: int, by_tables: bool
+    reader: MiddleTier,
+    totals: list[int],
+    layers: int,
+    by_tables: bool,
+    held: torch.Tensor | None,
 ) -> list[Entries]:
-    """The middle's entries and landmarks of several layers."""
+    """The middle's entries and landmarks of several layers.
+
+    ``held [R, 1]`` says how many records are there where ``totals`` do not.
+    """
     geometry, of_layers = reader.plan.geometry, totals * layers
+    if held is not None:
+        held = held.expand(len(totals), -1).repeat(layers, 1)
     coded = geometry.is_coded(totals[0])
     whole, fine = reader.tables() if by_tables and coded else (None, None)
-    entries = reader.read(of_layers, whole)
+    entries = reader.read(of_layers, whole, held)
     if entries is None:
         return []
     found = [entries]

@@ -10,6 +10,7 @@ import triton
 
 from adms.compressors.codebooks import GROUP, JOINT_STAGES, STARTS, WORDS, half_norms_on, shipped
 from adms.kernels import codewords as kernels
+from adms.kernels.choice import launching
 
 # Vectors of a program, which is a single warp: a maximum over words then needs no other.
 VECTORS = 8
@@ -23,6 +24,7 @@ def _words_by_channel_on(device: torch.device) -> torch.Tensor:
     return shipped()[0].transpose(1, 2).contiguous().to(device)
 
 
+@launching
 def fused_assign(vectors: torch.Tensor, kept: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
     """See ``codebooks.assign``.
 

@@ -18,6 +18,7 @@ from adms.compressors.codebooks import codebooks_on
 from adms.compressors.tables import Projection
 from adms.errors import ADMSValueError
 from adms.kernels import tiles as kernels
+from adms.kernels.choice import launching
 from adms.kernels.parts import CodedPart, ExactPart
 
 # As Triton reads it, when its kernels are defined.
@@ -33,6 +34,7 @@ MERGED_COLUMNS = 32
 LEAST = 16
 
 
+@launching
 def fused_write_token(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -55,6 +57,7 @@ def fused_write_token(
     )  # fmt: skip
 
 
+@launching
 def fused_decode_attention(
     query: torch.Tensor,
     cos: torch.Tensor,

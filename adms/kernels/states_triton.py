@@ -16,6 +16,7 @@ import triton.language as tl
 from adms.compressors.codebooks import GROUP, codebooks_on
 from adms.compressors.tables import CodeTables, Projection
 from adms.entries import TokenShape
+from adms.kernels.choice import launching
 from adms.kernels.decode_attention_triton import _numbers, _row_stride, _tensors
 from adms.kernels.lookup import _channels, _gain, _reach
 
@@ -108,6 +109,7 @@ def coded_states(
     tl.store(out + at + (j % SIZE)[None, :], states.to(out.dtype.element_ty), mask=mask)
 
 
+@launching
 def fused_states(
     tables: CodeTables,
     records: torch.Tensor,

@@ -99,12 +99,18 @@ class MiddleTier:
         """Everything this tier stores."""
         return [self.arena]
 
-    def read(self, totals: list[int], tables: CodeTables | None = None) -> Entries | None:
+    def read(
+        self,
+        totals: list[int],
+        tables: CodeTables | None = None,
+        held: torch.Tensor | None = None,
+    ) -> Entries | None:
         """Entries in memory order, rows padded to the longest; None where every row is empty.
 
         Args:
             totals: tokens that have entered the middle, per row.
             tables: the first of ``tables()``, where every row is coded and a kernel shall decode.
+            held: ``[B, 1]`` records of rows that are coded, where ``totals`` do not say it.
         """
         geometry = self.plan.geometry
         width = max(geometry.num_entries(total) for total in totals)
@@ -112,7 +118,7 @@ class MiddleTier:
             return None
         coded = [geometry.is_coded(total) for total in totals]
         if all(coded) or not any(coded):
-            return self._read_rows(slice(None), totals, coded[0], tables)
+            return self._read_rows(slice(None), totals, coded[0], tables, held)
         parts: list[Entries | None] = [None] * len(totals)
         for phase in (False, True):
             rows = [row for row, is_coded in enumerate(coded) if is_coded == phase]
@@ -127,6 +133,7 @@ class MiddleTier:
         totals: list[int],
         coded: bool,
         tables: CodeTables | None = None,
+        held: torch.Tensor | None = None,
     ) -> Entries:
         data = self.arena[rows]
         geometry = self.plan.geometry
@@ -139,14 +146,16 @@ class MiddleTier:
         counts = [geometry.held(total) // coder.block_tokens for total in totals]
         most, header = max(counts), data[:, : coder.header_bytes]
         whole = self._records(data, min(most, coder.num_records), cut=False)
-        whole = _blank(whole, counts)
+        if held is None and min(counts) < most:
+            held = torch.tensor(counts, device=whole.device)[:, None]
+        whole = _blank(whole, held)
         if tables is not None:
             return decode_by_tables(tables, whole, self.plan.shape, self.plan.dtype)
         parts = [coder.decode(header, whole)]
         if most > coder.num_records:
             cut_records = self._records(data, most - coder.num_records, cut=True)
-            cut_counts = [count - coder.num_records for count in counts]
-            parts.append(coder.decode(header, _blank(cut_records, cut_counts)))
+            older = None if held is None else held - coder.num_records
+            parts.append(coder.decode(header, _blank(cut_records, older)))
         return parts[0] if len(parts) == 1 else join_entries(parts)
 
     def _records(self, data: torch.Tensor, count: int, *, cut: bool) -> torch.Tensor:
@@ -265,16 +274,15 @@ def as_one(plans: Sequence[MiddlePlan]) -> MiddlePlan:
     return dataclasses.replace(plans[0], coder=coder, store=store)
 
 
-def _blank(records: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """Zeros in place of what lies beyond a row's own records.
+def _blank(records: torch.Tensor, held: torch.Tensor | None) -> torch.Tensor:
+    """Zeros in place of what lies beyond a row's own records ``held [B, 1]``; None: nothing does.
 
     Those bytes are left over from its exact tokens, and a code may hold anything but NaN.
     """
-    if min(counts) >= records.shape[1]:
+    if held is None:
         return records
-    own = torch.tensor(counts, device=records.device)[:, None]
-    held = torch.arange(records.shape[1], device=records.device) < own
-    return records * held[..., None]
+    own = torch.arange(records.shape[1], device=records.device) < held
+    return records * own[..., None]
 
 
 def join_entries(parts: list[Entries]) -> Entries:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from adms.attention.block_sparse.scorer import ImportanceScorer
+from adms.kernels.choice import launching
 
 # A row's scores stay in registers.
 _MOST_KEY_BLOCKS = 2048
@@ -36,6 +37,7 @@ def summaries_fit(x: Tensor) -> bool:
     return x.dtype in halves and x.shape[-1] <= _MOST_SIZE
 
 
+@launching
 def block_summaries(x: Tensor, block_size: int, squares: bool) -> tuple[Tensor, Tensor]:
     """As `summarize_blocks` and, with `squares`, `block_mean_squares`: one pass over x."""
     batch, heads, tokens, size = x.shape
@@ -62,6 +64,7 @@ def block_summaries(x: Tensor, block_size: int, squares: bool) -> tuple[Tensor, 
     return means, of_squares
 
 
+@launching
 def choose_blocks(
     scorer: ImportanceScorer,
     of_queries: Tensor,

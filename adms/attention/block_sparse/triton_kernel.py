@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adms.kernels.choice import launching
+
 _LOG2_E = 1.4426950408889634
 _MOST_SIZE = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -30,6 +32,7 @@ def misfit(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> str | None:
     return None
 
 
+@launching
 def attend_blocks(
     q: Tensor,
     k: Tensor,
