@@ -281,10 +281,9 @@ class LowRankCoder(Coder):
         offset = stage.clamp(max=len(books) - 1) * WORDS
         words = torch.nn.functional.embedding(codes + offset[:, None], books.flatten(0, 1))
         # [B, G, T]: which byte belongs to which group, none where the stage marks padding.
-        groups = torch.arange((self.keys.channels + self.values.channels) // GROUP)
-        member = (group[:, None, :] == groups.to(group.device)[:, None]) & (
-            stage[:, None, :] < len(books)
-        )
+        count = (self.keys.channels + self.values.channels) // GROUP
+        groups = torch.arange(count, device=group.device)
+        member = (group[:, None, :] == groups[:, None]) & (stage[:, None, :] < len(books))
         return torch.einsum("bgt,bntc->bngc", member.to(words.dtype), words).flatten(2)
 
 
