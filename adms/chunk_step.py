@@ -22,7 +22,7 @@ from adms.places import MiddleGeometry
 from adms.positions import ForwardView
 from adms.steady import SteadyCommit
 from adms.step_buffers import FULL
-from adms.step_capture import Output, capture_stream, rehearsal_stream
+from adms.step_capture import Output, capturing, rehearsal_stream
 from adms.timeline import Timeline
 
 # Where chunks are replayed.
@@ -170,10 +170,9 @@ class ChunkStep:
             self._pass(view)
         torch.cuda.current_stream().wait_stream(side)
         graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        stream = capture_stream(self.device)
-        with torch.cuda.graph(graphs[0], stream=stream):
+        with capturing(graphs[0], self.device):
             self._pass(view)
-        with torch.cuda.graph(graphs[1], pool=graphs[0].pool(), stream=stream):
+        with capturing(graphs[1], self.device, graphs[0].pool()):
             self.commit.put_in_place()
         self.graphs = graphs
 

@@ -17,7 +17,7 @@ import torch
 from adms.commit import Work, settle_landmarks, stacks_of
 from adms.entries import Entries
 from adms.layer import ADMSLayer
-from adms.step_capture import capture_stream, rehearsal_stream
+from adms.step_capture import capturing, rehearsal_stream
 from adms.tiers.exact import at_slots
 from adms.tiers.undo import Undo
 
@@ -154,7 +154,7 @@ class SteadyCommit:
         torch.cuda.current_stream().wait_stream(side)
         graphs = (torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph())
         for graph, half in zip(graphs, (self.work_out, self.put_in_place), strict=True):
-            with torch.cuda.graph(graph, pool=pool, stream=capture_stream(self.owner.device)):
+            with capturing(graph, self.owner.device, pool):
                 half()
         self.graphs = graphs
 

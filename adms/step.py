@@ -27,7 +27,7 @@ from adms.positions import ForwardView
 from adms.stack import tensors_of
 from adms.steady import SteadyCommit
 from adms.step_buffers import FULL, Held, Shared, hold
-from adms.step_capture import Output, capture_stream, rehearsal_stream
+from adms.step_capture import Output, capturing, rehearsal_stream
 from adms.tiers.middle import MiddleTier
 
 # Passes before a capture, in which kernels are compiled and libraries set themselves up.
@@ -182,7 +182,7 @@ class DecodeStep:
                     self._pass(forward, arguments)
                 self.held.seen.copy_(seen)
             torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph, stream=capture_stream(self.device)):
+            with capturing(graph, self.device):
                 result = self._pass(forward, arguments)
         # The passes before were rehearsals: they wrote what this one will write again.
         self.held.seen.copy_(seen)

@@ -1,5 +1,6 @@
 """What the capture of a static pass needs beside compiled layers."""
 
+import contextlib
 import functools
 from typing import Any
 
@@ -10,6 +11,20 @@ import torch
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
     """Where passes are captured; PyTorch's own choice is of the device that captured first."""
     return torch.cuda.Stream(device)
+
+
+def capturing(
+    graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any = None
+) -> contextlib.AbstractContextManager[None]:
+    """Captures what the block does on ``device``; other threads may use the device meanwhile.
+
+    Args:
+        graph: that takes it.
+        device: the current one.
+        pool: of another graph, which never runs at the same time; its memory is used too.
+    """
+    stream = capture_stream(device)
+    return torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local")
 
 
 @functools.cache

@@ -46,7 +46,7 @@ class Bench:
     context: int = 32768
     context_batch: int = 8
     context_tokens: int = 16
-    prompt: int = 2048
+    prompt: int = 8192
     chunks: tuple[int, ...] = (64, 256, 1024)
     ids: torch.Tensor | None = None
     random_code: bool = True

@@ -86,6 +86,8 @@ def assign_codes(
         tl.load(at + 6, mask=inside, other=0.0),
         tl.load(at + 7, mask=inside, other=0.0),
     )
+    # Vectors of one group come side by side, so that most programs ask for what one group does.
+    judged, wanted = tl.max(counted, axis=0), tl.max(asked, axis=0)
     # Nothing is passed over where the very nearest word is looked for.
     any_score = tl.full((VECTORS,), float("inf"), tl.float32)
     any_word = tl.full((VECTORS,), -1, tl.int32)
@@ -96,33 +98,47 @@ def assign_codes(
     error = any_score
     score = any_score
     start = any_word
-    for _ in range(STARTS):
+    # Where one stage counts alone, the nearest word is the best.
+    tried = tl.where(judged > 1, STARTS, 1)
+    for _ in range(tried):
         start, score = _nearest(x, words, halves, 0, score, start, WORDS, GROUP, CHUNK, True)
         path = _less(x, start, words, 0, WORDS, GROUP)
-        one, _s = _nearest(path, words, halves, 1, any_score, any_word, WORDS, GROUP, CHUNK, False)
-        path = _less(path, one, words, 1, WORDS, GROUP)
-        after = _square(path, GROUP)
-        two, _t = _nearest(path, words, halves, 2, any_score, any_word, WORDS, GROUP, CHUNK, False)
-        path = _less(path, two, words, 2, WORDS, GROUP)
-        after = tl.where(counted > 2, _square(path, GROUP), after)
-        # Where one stage counts alone, the nearest word, which comes first, is the best.
+        one = any_word
+        two = any_word
+        after = any_score
+        if judged > 1:
+            one, _s = _nearest(
+                path, words, halves, 1, any_score, any_word, WORDS, GROUP, CHUNK, False
+            )
+            path = _less(path, one, words, 1, WORDS, GROUP)
+            after = _square(path, GROUP)
+        if judged > 2:
+            two, _t = _nearest(
+                path, words, halves, 2, any_score, any_word, WORDS, GROUP, CHUNK, False
+            )
+            path = _less(path, two, words, 2, WORDS, GROUP)
+            after = tl.where(counted > 2, _square(path, GROUP), after)
         better = (after < error) & ((counted > 1) | (error == float("inf")))
+        better |= judged < 2
         error = tl.where(better, after, error)
         first = tl.where(better, start, first)
         second = tl.where(better, one, second)
         third = tl.where(better, two, third)
+    left = _less(x, first, words, 0, WORDS, GROUP)
     size = groups * count
     out = codes + row.to(tl.int64) * (STAGES * size) + number % size
     tl.store(out, tl.where(asked > 0, first, 0).to(tl.uint8), mask=inside)
-    tl.store(out + size, tl.where(asked > 1, second, 0).to(tl.uint8), mask=inside)
-    tl.store(out + 2 * size, tl.where(asked > 2, third, 0).to(tl.uint8), mask=inside)
-    left = _less(x, first, words, 0, WORDS, GROUP)
-    left = _less(left, second, words, 1, WORDS, GROUP)
-    left = _less(left, third, words, 2, WORDS, GROUP)
-    for stage in tl.static_range(JOINT, STAGES):
-        index, _u = _nearest(
-            left, words, halves, stage, any_score, any_word, WORDS, GROUP, CHUNK, False
-        )
-        left = _less(left, index, words, stage, WORDS, GROUP)
+    for stage in tl.static_range(1, STAGES):
+        index = any_word
+        if stage < wanted:
+            # What was tried together is known; all else follows greedily.
+            known = (stage < JOINT) & (judged > stage)
+            if known:
+                index = second if stage == 1 else third
+            else:
+                index, _u = _nearest(
+                    left, words, halves, stage, any_score, any_word, WORDS, GROUP, CHUNK, False
+                )
+            left = _less(left, index, words, stage, WORDS, GROUP)
         index = tl.where(asked > stage, index, 0)
         tl.store(out + stage * size, index.to(tl.uint8), mask=inside)

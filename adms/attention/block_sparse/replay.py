@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adms.step_capture import capture_stream
+from adms.step_capture import capturing
 
 # Recordings that one object keeps: lengths that alternate, such as those of two layers' inputs.
 _MOST_RECORDINGS = 4
@@ -92,8 +92,7 @@ def _record(
         stream.wait_stream(aside)
         shared = _pool(inputs[0].device, stream.cuda_stream)
         graph = torch.cuda.CUDAGraph()
-        apart = capture_stream(inputs[0].device)
-        with torch.cuda.graph(graph, shared.pool(), apart, capture_error_mode="thread_local"):
+        with capturing(graph, inputs[0].device, shared.pool()):
             outputs = function(*own)
     return _Recording(graph, own, outputs, held)
 
@@ -105,7 +104,6 @@ def _pool(device: torch.device, stream: int) -> torch.cuda.CUDAGraph:
     It is kept because memory that no graph is left in cannot be recorded into again.
     """
     graph = torch.cuda.CUDAGraph()
-    apart = capture_stream(device)
-    with torch.cuda.graph(graph, stream=apart, capture_error_mode="thread_local"):
+    with capturing(graph, device):
         torch.zeros(1, device=device)
     return graph
