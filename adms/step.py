@@ -34,9 +34,6 @@ from adms.tiers.middle import MiddleTier
 WARMUP_PASSES = 2
 # Where the commit of steady decoding is static too. A CPU would only do more work.
 STEADY_DEVICES = ("cuda",)
-# And for which ``kernel``: a captured commit was timed on a GPU and compared on a CPU, but its
-# results were not compared on a GPU yet.
-STEADY_KERNELS = ("triton",)
 Tables = tuple[CodeTables | None, CodeTables | None]
 
 
@@ -130,8 +127,7 @@ class DecodeStep:
             self.tables = []
             self.key, self.phase, self.stale = key, phase, True
             self.steady = None
-            is_steady = self.device.type in STEADY_DEVICES and self.kernel in STEADY_KERNELS
-            if phase == "coded" and is_steady:
+            if phase == "coded" and self.device.type in STEADY_DEVICES:
                 self.steady = SteadyCommit.of(self, view.timeline.sizes.interval)
             self.inputs = torch.empty_like(given, memory_format=torch.contiguous_format)
         if self.inputs is None:

@@ -112,6 +112,10 @@ class TransactionalCache(Cache):
             if self._owner.get("call") is mine:
                 del self._owner["call"]
 
+    def refuse_steps(self, reason: str) -> None:
+        """Has single tokens decoded like any other pass from now on."""
+        self.step, self.step_refused, self.step_obstacle = None, reason, reason
+
     def require_whole(self) -> None:
         """Raises ``CacheStateError`` where an update could neither be finished nor undone."""
         if self._broken:

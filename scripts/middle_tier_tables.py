@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import csv
 import functools
+import gc
 import itertools
 import math
 import os
@@ -222,6 +223,7 @@ def work(
     device: str,
 ) -> None:
     """One process: ``adms`` commands one after the other, the model loaded once for each dtype."""
+    import torch
     import typer
 
     from adms.cli import app
@@ -246,6 +248,10 @@ def work(
                 code = 1
         if code:
             said = f"failed ({code})"
+        # What one job has held another process may need.
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
         ended.put((job, said, time.monotonic() - start))
 
 

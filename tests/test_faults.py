@@ -231,7 +231,6 @@ def test_an_interrupt_at_any_line(age: int, count: int) -> None:
 
 def test_an_interrupt_of_a_static_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adms.step, "STEADY_DEVICES", ("cpu",))
-    monkeypatch.setattr(adms.step, "STEADY_KERNELS", ("auto", "triton"))
     made, apply = [], SteadyCommit.apply
     monkeypatch.setattr(SteadyCommit, "apply", lambda self: made.append(apply(self)))
     lines = iter(range(1, 100_000, 29))

@@ -25,7 +25,6 @@ CODED: dict[str, Any] = {"recent_size": 24, "compression_interval": 8}
 def made(monkeypatch: pytest.MonkeyPatch) -> list[SteadyCommit]:
     """The static commits that were made; a CPU makes them too."""
     monkeypatch.setattr(adms.step, "STEADY_DEVICES", ("cuda", "cpu"))
-    monkeypatch.setattr(adms.step, "STEADY_KERNELS", ("auto", "triton"))
     apply, commits = SteadyCommit.apply, []
 
     def counting(self: SteadyCommit) -> None:
@@ -237,7 +236,7 @@ def test_captured_commits_are_those_that_are_not(
     caches, logits = [], []
     for way in both_ways():
         with way:
-            cache = small_cache(model, kernel="triton", compressor_type=compressor, **CODED)
+            cache = small_cache(model, compressor_type=compressor, **CODED)
             feed(model, random_ids(rows, 400).cuda(), cache)
             logits.append(feed(model, random_ids(rows, 100, seed=2).cuda(), cache, 1))
             caches.append(cache)
@@ -251,7 +250,7 @@ def test_captured_commits_are_those_that_are_not(
 def test_an_interrupt_after_a_replay_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adms.compiled_layers, "BACKEND", None)
     model, ids = tiny_llama(trained=2048).to("cuda"), random_ids(1, 40, seed=2).cuda()
-    cache, twin = (small_cache(model, kernel="triton", **CODED) for _ in range(2))
+    cache, twin = (small_cache(model, **CODED) for _ in range(2))
     for one in (cache, twin):
         feed(model, random_ids(1, 400).cuda(), one)
         feed(model, ids[:, :7], one, 1)

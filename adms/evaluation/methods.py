@@ -20,7 +20,6 @@ from adms.config import ADMSConfig
 from adms.enable import enable_adms_llm, enable_streaming_llm
 from adms.errors import ADMSError, ADMSValueError
 from adms.evaluation.baselines import POLICIES, open_policy
-from adms.kernels import Kernel
 from adms.layer import ADMSLayer
 from adms.patches import find_family
 
@@ -163,7 +162,6 @@ def open_method(
     *,
     streaming_recent: int | None = None,
     calibration: Any = None,
-    kernel: Kernel = "auto",
 ) -> Iterator[Method]:
     """A fresh cache of a method.
 
@@ -175,14 +173,13 @@ def open_method(
         config: of the ADMS cache whose bytes all bounded methods may use.
         streaming_recent: the window of StreamingLLM where memory shall not be equal.
         calibration: what ``calibrate`` returned or wrote, for ``adms``.
-        kernel: how ADMS and StreamingLLM decode single tokens, see ``enable_adms_llm``.
 
     Raises:
         ADMSValueError: an unknown name, or sizes that the model has no positions for.
     """
     check_methods([name])
     extra = {} if calibration is None else {"calibration": calibration}
-    adms = enable_adms_llm(model, config, kernel=kernel, **extra)
+    adms = enable_adms_llm(model, config, **extra)
     sizes = adms.sizes
     shared = {"prefill_chunk_size": sizes.chunk}
     if name == ADMS:
@@ -193,7 +190,7 @@ def open_method(
         yield Method(name, "full cache", DynamicCache(), None, limit, {})
     elif name == STREAMING:
         recent = sizes.budget + sizes.recent if streaming_recent is None else streaming_recent
-        cache = enable_streaming_llm(model, sizes.sink, recent, kernel=kernel, **shared)
+        cache = enable_streaming_llm(model, sizes.sink, recent, **shared)
         if streaming_recent is None:
             require_equal_memory(adms, cache)
         label = f"StreamingLLM {sizes.sink}+{recent}"

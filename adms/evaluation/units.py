@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from adms.cache import ADMSKVCache
 from adms.config import ADMSConfig
 from adms.errors import ADMSValueError, UnsupportedModelError
 from adms.evaluation import needles
@@ -107,6 +108,12 @@ def _of_task(
     ]
 
 
+def _answer_as_it_is(method: Method) -> None:
+    """An answer is a few tokens, which a graph captured for them would not repay."""
+    if isinstance(method.cache, ADMSKVCache):
+        method.cache.refuse_steps("an answer would not repay what a capture costs")
+
+
 def _parts(texts: list[tuple[int, float]], size: int) -> list[tuple[tuple[int, float], ...]]:
     return [tuple(texts[start : start + size]) for start in range(0, len(texts), size)]
 
@@ -179,9 +186,14 @@ class Bench:
                     unit.config,
                     streaming_recent=streaming,
                     calibration=own,
-                    # An answer is a few tokens, which a graph captured for them would not repay.
-                    kernel="torch" if trials else "auto",
                 ) as method:
+                    cache = method.cache
+                    if (
+                        trials
+                        and isinstance(cache, ADMSKVCache)
+                        and self.model.device.type == "cuda"
+                    ):
+                        cache.refuse_steps("an answer would not repay what a capture costs")
                     row["label"] = method.label
                     found, arrays = self._measure(unit, method, trials, on_chunk)
                     rows += [{**row, **one} for one in found]
