@@ -1,6 +1,7 @@
 """Static chunks: uncaptured on the CPU and captured on a GPU, the same as those that are not."""
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[ChunkStep]:
 
 
 @contextlib.contextmanager
-def only_general() -> Any:
+def only_general() -> Iterator[None]:
     """Has every chunk read as it is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adms.chunk_step, "DEVICES", ())
@@ -281,7 +282,7 @@ def test_a_model_that_is_not_on_the_current_device(ran: list[ChunkStep]) -> None
     ids, caches, logits = random_ids(1, 600), [], []
     for device in ("cuda:0", "cuda:1"):
         model = tiny_llama(trained=2048).to(device)
-        cache = small_cache(model, kernel="triton", **CODED)
+        cache = small_cache(model, kernel="triton")
         found = [feed(model, ids.to(device), cache), feed(model, ids[:, :30].to(device), cache, 1)]
         assert cache.step is not None and torch.cuda.current_device() == 0
         caches.append(cache)
