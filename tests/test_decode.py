@@ -261,6 +261,18 @@ def test_plain_kernel_makes_no_step(static: None) -> None:
     assert isinstance(cache, ADMSKVCache) and cache.step is None
 
 
+def test_steps_that_are_not_wanted(static: None, caplog: pytest.LogCaptureFixture) -> None:
+    model, ids = tiny_llama(), random_ids(1, 400)
+    cache = small_cache(model)
+    feed(model, ids[:, :380], cache)
+    feed(model, ids[:, 380:390], cache, step=1)
+    assert cache.step is not None
+    cache.refuse_steps("answers are short")
+    feed(model, ids[:, 390:], cache, step=1)
+    assert cache.step is None and cache.step_obstacle == "answers are short"
+    assert not caplog.text
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 # Inductor recommends TF32 to models in float32, whose exactness is what is tested here.
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
