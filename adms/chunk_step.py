@@ -1,7 +1,8 @@
 """Reading a long prompt: pass and commit of a chunk as the same operations every time.
 
-Once all rows are coded, a chunk brings in as many tokens as leave, and all that differs from one
-chunk to the next follows from counts on the device. So a call that has many chunks left captures
+Once all rows are coded, a chunk brings in as many tokens as leave (if these are whole blocks, and
+no fewer than leave together), and all that differs from one chunk to the next follows from counts
+on the device. So a call that has many chunks left captures
 one in two CUDA graphs and replays them: the first is the pass and all that its commit works out,
 the second puts it in place, so that an error between them changes nothing. They live for the one
 call, whose workspace they hold; a CPU would only do more work.
@@ -71,6 +72,10 @@ class FixedView(ForwardView):
         # Rows are coded, so their sinks are filled.
         return tokens, sinks | (tokens >= self.evicted[:, None])
 
+    def middle_valid(self, geometry: MiddleGeometry) -> torch.Tensor:
+        """``[R, N]``, which are there."""
+        return self.middle(geometry).valid
+
     def _entries(self, geometry: MiddleGeometry) -> list[int]:
         return [geometry.num_entries(FULL)] * self.rows
 
@@ -85,6 +90,8 @@ class ChunkStep:
 
     def __init__(self, cache: ADMSKVCache, decoder_forward: Callable[..., Any]) -> None:
         view = cache.require_view()
+        # The graph reads the places of what it finds.
+        cache.lay_together()
         self.cache = cache
         self.forward = decoder_forward
         self.layers: list[ADMSLayer] = list(cache.layers)
@@ -94,7 +101,6 @@ class ChunkStep:
         #: what the counts are, as the host knows them; None after an error
         self.known: tuple[list[int], list[int]] | None = None
         self.commit = _ChunkCommit(self, view.columns)
-        self.graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
         self.inputs: torch.Tensor | None = None
         self.arguments: dict[str, Any] = {}
         self.staged: list[Entries | None] = []
@@ -118,6 +124,10 @@ class ChunkStep:
         """After an error: the counts on the device may be anything."""
         self.known = None
 
+    def fits(self, view: ForwardView) -> bool:
+        """Whether it was made for as many rows of counts."""
+        return self.counts.shape[1] == view.rows
+
     def run(self, arguments: dict[str, Any]) -> Any:
         """The decoder's output for the chunk under way, whose commit is worked out too."""
         view = self.cache.require_view()
@@ -134,10 +144,10 @@ class ChunkStep:
         self.known = None
         if self.device.type != "cuda":
             self._pass(view)
-        elif self.graphs is None:
+        elif self.commit.graphs is None:
             self._capture(view)
-        if self.graphs is not None:
-            self.graphs[0].replay()
+        if self.commit.graphs is not None:
+            self.commit.graphs[0].replay()
         for layer, staged in zip(self.layers, self.staged, strict=True):
             layer.staged = staged
         view.commit = self.commit
@@ -174,7 +184,7 @@ class ChunkStep:
             self._pass(view)
         with capturing(graphs[1], self.device, graphs[0].pool()):
             self.commit.put_in_place()
-        self.graphs = graphs
+        self.commit.graphs = graphs
 
 
 class _ChunkCommit(SteadyCommit):
@@ -184,26 +194,19 @@ class _ChunkCommit(SteadyCommit):
 
     def __init__(self, owner: ChunkStep, count: int) -> None:
         super().__init__(owner, count)
-        self.reading = owner
         #: of each stack of layers: places in its ring, and keys and values that go there
         self.arriving: list[tuple[Any, tuple[torch.Tensor, torch.Tensor]]] = []
 
     def prepare(self) -> None:
         """Was done with the pass."""
 
-    def apply(self) -> None:
-        """Puts everything in place."""
-        graphs = self.reading.graphs
-        if graphs is not None:
-            graphs[1].replay()
-        else:
-            self.put_in_place()
-
     def work_out(self) -> None:
         """What ``put_in_place`` writes, and what it overwrites."""
         super().work_out()
-        owner, sizes = self.reading, self.reading.cache.sizes
-        seen = owner.seen.expand(owner.batch)
+        owner = self.owner
+        if not isinstance(owner, ChunkStep):
+            raise RuntimeError("a chunk's commit beside another pass")
+        sizes, seen = owner.cache.sizes, owner.seen.expand(owner.batch)
         coming = seen[:, None] + torch.arange(self.count, device=owner.device)
         rows = torch.arange(owner.batch, device=owner.device)[:, None]
         # Indices that stand apart come first: [B, Q, L, K, D].

@@ -22,6 +22,7 @@ from adms.positions import ForwardView
 from adms.steady import has_places
 from adms.step import DecodeStep, phase_of
 from adms.step_buffers import planned_bytes
+from adms.step_capture import first_cause
 from adms.tiers.head_landmarks import HeadLandmarkStore
 
 logger = logging.getLogger("adms")
@@ -40,11 +41,13 @@ class Reading:
     """How one call reads its chunks.
 
     Attributes:
-        left: chunks of full size that are still to be read, the next one included.
+        chunk: tokens of one of full size.
+        left: chunks of full size that are still to be read, the one under way included.
         step: replays them, once there was one to be captured.
         is_general: whether something is in the way of that.
     """
 
+    chunk: int
     left: int
     step: ChunkStep | None = None
     is_general: bool = False
@@ -65,8 +68,9 @@ def advance(
     view, kernel = cache.require_view(), cache.binding_for_use.kernel
     if kernel == "torch" or not cache.is_initialized:
         return forward(**arguments)
-    if view.columns != 1:
-        return _read(decoder, forward, cache, arguments, reading)
+    # A step made for the rest of a prompt would take the place of tokens of its other chunks.
+    if view.columns != 1 or (reading.left and reading.chunk > 1):
+        return _read_chunk(decoder, forward, cache, arguments, reading)
     step = cache.step
     if step is not None and not step.fits(cache, decoder):
         step = None
@@ -84,8 +88,7 @@ def advance(
             if kernel == "triton" or not step.captures or step.graph is not None:
                 raise
             # What a model does in a pass cannot be known before it is captured; said below.
-            first = str(error).strip().split("\n")[0]
-            reason = cache.step_refused = f"its capture failed ({type(error).__name__}: {first})"
+            reason = cache.step_refused = first_cause(error)
             cache.step, view.is_step = None, False
     if kernel == "triton":
         raise ADMSValueError(f"kernel='triton' cannot be used: {reason}; use kernel='auto'")
@@ -96,7 +99,7 @@ def advance(
     return forward(**arguments)
 
 
-def _read(
+def _read_chunk(
     decoder: nn.Module,
     forward: Callable[..., Any],
     cache: ADMSKVCache,
@@ -105,13 +108,14 @@ def _read(
 ) -> Any:
     """A chunk: replayed where the call has enough of its kind left, else as it is."""
     view, step = cache.require_view(), reading.step
-    enough = step is not None or reading.left >= chunk_step.WORTH
-    if reading.is_general or not enough or not _is_steady(cache, view):
+    if reading.is_general or not _is_steady(cache, view, reading.chunk):
         return forward(**arguments)
+    if step is not None and not step.fits(view):
+        step = reading.step = None
     if step is None:
-        layer, scheme = cache.layers[0], cache.binding_for_use.kinds[0].scheme
-        reason = cache.chunk_refused or _obstacle(cache, None, view, decoder, arguments)
-        if reason is not None or not applies(cache, layer, scheme):
+        if reading.left < chunk_step.WORTH:
+            return forward(**arguments)
+        if cache.chunk_refused or _obstacle(cache, None, view, decoder, arguments) is not None:
             reading.is_general = True
             return forward(**arguments)
         step = ChunkStep(cache, forward)
@@ -121,28 +125,29 @@ def _read(
         if step is reading.step:
             raise
         # What a model does in a pass cannot be known before it is captured.
-        first = str(error).strip().split("\n")[0]
-        cache.chunk_refused = f"its capture failed ({type(error).__name__}: {first})"
-        logger.warning("chunks are read without a CUDA graph: %s", cache.chunk_refused)
-        reading.is_general = True
+        reading.is_general, reason = True, first_cause(error)
+        logger.warning("chunks are read without a CUDA graph: %s", reason)
+        if not isinstance(error, torch.OutOfMemoryError):
+            cache.chunk_refused = reason
         return forward(**arguments)
     reading.step = step
     return result
 
 
-def _is_steady(cache: ADMSKVCache, view: ForwardView) -> bool:
+def _is_steady(cache: ADMSKVCache, view: ForwardView, chunk: int) -> bool:
     """Whether a chunk is of full size and brings in as many tokens as leave, all of them coded."""
-    timeline, count = view.timeline, view.columns
-    layer = cache.layers[0]
-    if view.device.type not in chunk_step.DEVICES or view.column_valid is not None:
+    timeline, layer = view.timeline, cache.layers[0]
+    if view.device.type not in chunk_step.DEVICES or view.columns != chunk:
         return False
-    if count != cache.chunk_tokens or not isinstance(layer, ADMSLayer) or layer.middle is None:
+    if not isinstance(layer, ADMSLayer) or layer.middle is None or not has_places(layer, chunk):
+        return False
+    if not applies(cache, layer, cache.binding_for_use.kinds[0].scheme):
         return False
     geometry, sink = layer.middle.plan.geometry, cache.sizes.sink
     after = timeline.evicted_after(view.new)
-    return has_places(layer, count) and all(
+    return all(
         # They leave the ring, which none of the chunk's own has entered.
-        new - old == count and sink <= old and new <= seen and geometry.is_coded(old - sink)
+        new - old == chunk and sink <= old and new <= seen and geometry.is_coded(old - sink)
         for old, new, seen in zip(timeline.evicted, after, timeline.seen, strict=True)
     )
 
@@ -176,7 +181,7 @@ def _obstacle(
     if torch.is_autocast_enabled(view.device.type):
         return "autocast is on"
     config: Any = decoder.config
-    for name in ("output_hidden_states", "output_attentions"):
+    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
         if arguments.get(name) is None and getattr(config, name, False):
             return f"the model's config asks for {name}"
     # transformers' own "sdpa" leaves the cap out, and so do the tiers over it.
@@ -193,6 +198,8 @@ def _obstacle(
             return "some layers have windows of their own"
         if len({_form(layer) for layer in layers}) > 1:
             return "the layers differ in shape, or in what their middle holds"
+        if _has_hooks(decoder):
+            return "modules have hooks, which a replay would not call"
         if cache.spans is not None:
             return "spans over the recent tier are learned from single tokens too"
         plan = layers[0].middle.plan if layers[0].middle is not None else None
@@ -258,6 +265,16 @@ def _form(layer: ADMSLayer) -> object:
         raise RuntimeError("a layer without tiers was asked for its form")
     shape = (layer.exact.keys.shape, layer.exact.values.shape, layer.dtype)
     return shape, None if layer.middle is None else layer.middle.plan.geometry
+
+
+def _has_hooks(decoder: nn.Module) -> bool:
+    """Whether modules of a decoder have hooks of the user's."""
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith("adms.")
+        for module in decoder.modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in hooks.values()
+    )
 
 
 def _turns_halves(scheme: PositionScheme, layer: ADMSLayer) -> bool:

@@ -10,6 +10,7 @@ second overwrites, so that an error or an interrupt anywhere leaves the cache as
 Shapes: ``L`` layers, ``B`` rows, ``K`` KV heads, ``N`` tokens that leave.
 """
 
+import weakref
 from typing import Any, Protocol, Self
 
 import torch
@@ -63,11 +64,20 @@ class SteadyCommit:
     outdates_step = False
 
     def __init__(self, owner: StaticPass, count: int) -> None:
-        self.owner = owner
+        # Weakly, since the owner holds it: graphs go as soon as their owner does.
+        self._owner = weakref.ref(owner)
         self.count = count
         self.works: list[Work] = []
         self.undo = Undo()
         self.graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
+
+    @property
+    def owner(self) -> StaticPass:
+        """The pass beside which it works."""
+        owner = self._owner()
+        if owner is None:
+            raise RuntimeError("a static commit outlived its pass")
+        return owner
 
     @classmethod
     def of(cls, owner: StaticPass, count: int) -> Self | None:

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,18 +15,38 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+# One at a time in a process: a capture begins with waiting for the device, which another forbids.
+_CAPTURES = threading.RLock()
+
+
+@contextlib.contextmanager
 def capturing(
     graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any = None
-) -> contextlib.AbstractContextManager[None]:
-    """Captures what the block does on ``device``; other threads may use the device meanwhile.
+) -> Iterator[None]:
+    """Captures what the block does on ``device``; other threads may run passes meanwhile.
 
     Args:
         graph: that takes it.
         device: the current one.
         pool: of another graph, which never runs at the same time; its memory is used too.
     """
-    stream = capture_stream(device)
-    return torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local")
+    before, stream = torch.cuda.current_stream(device), capture_stream(device)
+    with _CAPTURES:
+        try:
+            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+                yield
+        except BaseException:
+            # A capture that could not be ended leaves its stream the current one.
+            torch.cuda.set_stream(before)
+            raise
+
+
+def first_cause(error: BaseException) -> str:
+    """What went wrong in a capture: ending it then fails too, and says less."""
+    while error.__context__ is not None:
+        error = error.__context__
+    first = str(error).strip().split("\n")[0]
+    return f"its capture failed ({type(error).__name__}: {first})"
 
 
 @functools.cache

@@ -63,7 +63,7 @@ def stream(
     valid = column_validity(arguments.get("attention_mask"), cache, batch, columns)
     chunk = cache.chunk_tokens
     bounds = list(range(columns % chunk or min(chunk, columns), columns, chunk)) + [columns]
-    outputs, start, reading = [], 0, Reading(columns // chunk)
+    outputs, start, reading = [], 0, Reading(chunk, columns // chunk)
     # Held for the whole call: tokens of another one must not come between its chunks. Without
     # gradients, which would keep what the tiers held alive.
     with cache.exclusive(), on_device(inputs.device):

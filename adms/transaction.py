@@ -304,7 +304,7 @@ class TransactionalCache(Cache):
 
     def _clear(self) -> None:
         self._broken = True
-        self.timeline = self.step = self._unchecked = None
+        self.timeline = self.step = self._unchecked = self.chunk_refused = None
         for index, layer in enumerate(self.layers):
             if isinstance(layer, ADMSLayer):
                 layer.reset()

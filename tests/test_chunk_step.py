@@ -1,17 +1,26 @@
 """Static chunks: uncaptured on the CPU and captured on a GPU, the same as those that are not."""
 
 import contextlib
+import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from transformers import MixtralConfig, MixtralForCausalLM
 
+import adms.attention.chunk
+import adms.attention.tiered
 import adms.chunk_step
 import adms.compiled_layers
+import adms.step
+import adms.step_capture
 from adms import ADMSKVCache
+from adms.attention import SparsePrefillConfig
 from adms.chunk_step import ChunkStep
 from adms.errors import ADMSValueError, ForwardError
+from adms.step_capture import capturing, first_cause
 from tests.streams import feed, random_ids, small_cache, tiny_llama
 from tests.test_commit import assert_alike
 
@@ -207,6 +216,170 @@ def test_what_asks_for_queries_is_read_as_it_is(changes: Any, ran: list[ChunkSte
     model = tiny_llama(trained=2048)
     feed(model, random_ids(1, 600), small_cache(model, **{**CODED, **changes}))
     assert not ran
+
+
+@pytest.mark.parametrize("padding", [slice(500, 507), slice(0, 40)])
+def test_padding_within_a_call(padding: slice, ran: list[ChunkStep]) -> None:
+    """Rows that agree until a chunk with padding, or from a chunk on."""
+    model, ids = tiny_llama(trained=2048), random_ids(2, 900)
+    mask = torch.ones_like(ids)
+    mask[1, padding] = 0
+    caches, logits = [], []
+    for way in both_ways():
+        with way, torch.no_grad():
+            cache = small_cache(model, **CODED)
+            found = model(ids, attention_mask=mask, past_key_values=cache).logits
+            caches.append(cache)
+            logits.append(found[mask.bool()])
+    assert ran
+    assert_close(*caches)
+    torch.testing.assert_close(*logits, atol=2e-5, rtol=2e-5)
+
+
+def test_it_ends_with_the_call(ran: list[ChunkStep]) -> None:
+    """Without the help of the garbage collector: what it holds is memory of a GPU."""
+    model = tiny_llama(trained=2048)
+    cache = small_cache(model, **CODED)
+    gc.collect()
+    gc.disable()
+    try:
+        feed(model, random_ids(1, 600), cache)
+        kept = {weakref.ref(step) for step in ran} | {weakref.ref(step.commit) for step in ran}
+        ran.clear()
+        assert kept and not any(one() for one in kept)
+    finally:
+        gc.enable()
+
+
+def test_sparse_prefill_begins_in_mid_call(
+    ran: list[ChunkStep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny_llama(trained=2048), random_ids(1, 1400)
+    calls: list[int] = []
+    real = adms.attention.tiered.attend_sparsely
+
+    def counting(*given: Any, **named: Any) -> Any:
+        calls.append(1)
+        return real(*given, **named)
+
+    monkeypatch.setattr(adms.attention.tiered, "attend_sparsely", counting)
+    sparse, logits, counts = SparsePrefillConfig(density=0.5, min_tokens=900), [], []
+    for way in both_ways():
+        with way:
+            cache = small_cache(model, sparse_prefill=sparse, **CODED)
+            logits.append(feed(model, ids, cache))
+            counts.append(len(calls))
+            calls.clear()
+    assert ran and counts[0] == counts[1] > 0
+    torch.testing.assert_close(*logits, atol=2e-5, rtol=2e-5)
+
+
+def test_router_logits_are_not_lost(ran: list[ChunkStep]) -> None:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+        num_local_experts=4, sliding_window=None, output_router_logits=True,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).eval()
+    cache = small_cache(model, **CODED)
+    with torch.no_grad():
+        output = model.model(random_ids(1, 600), past_key_values=cache)
+    assert not ran and [one.shape for one in output.router_logits] == [(600, 4)] * 2
+
+
+def test_hooks_are_called_for_every_chunk(ran: list[ChunkStep]) -> None:
+    model = tiny_llama(trained=2048)
+    # What is fitted once runs the model too.
+    feed(model, random_ids(1, 400), small_cache(model, **CODED))
+    ran.clear()
+    calls: list[object] = []
+    model.model.layers[0].register_forward_hook(lambda *given: calls.append(given[0]))
+    feed(model, random_ids(1, 600), small_cache(model, **CODED))
+    assert not ran and len(calls) == -(-600 // 16)
+
+
+def test_read_ahead_stays_within_its_room(
+    ran: list[ChunkStep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while a middle that is read whole holds little yet."""
+    room, found = 2**19, []
+    monkeypatch.setattr(adms.attention.chunk, "READ_AHEAD_BYTES", {"cpu": room})
+    real = adms.attention.chunk._read
+
+    def noting(*given: Any) -> Any:
+        held = real(*given)
+        found.append((held.count, held.keys.nbytes + held.values.nbytes))
+        return held
+
+    monkeypatch.setattr(adms.attention.chunk, "_read", noting)
+    model = tiny_llama(layers=8, trained=2048)
+    feed(model, random_ids(1, 400), small_cache(model, **{**CODED, "compressed_budget": 64}))
+    assert ran and max(count for count, _ in found) > 1
+    assert all(count == 1 or nbytes <= room for count, nbytes in found)
+
+
+def test_an_error_of_the_moment_is_of_one_call(
+    ran: list[ChunkStep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny_llama(trained=2048), random_ids(1, 600)
+    cache = small_cache(model, **CODED)
+
+    def no_room(self: ChunkStep, view: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ChunkStep, "_pass", no_room)
+        feed(model, ids, cache)
+    assert not ran
+    feed(model, ids, cache)
+    assert ran
+    cache.chunk_refused = "it cannot be captured"
+    cache.reset()
+    assert cache.chunk_refused is None
+
+
+def test_the_rest_of_a_prompt_makes_no_step(
+    ran: list[ChunkStep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step's buffers take the place of tokens of a chunk; the call's chunks are there already."""
+    monkeypatch.setattr(adms.step.DecodeStep, "captures", True)
+    model = tiny_llama(layers=3, trained=4096)
+    cache = small_cache(model)
+    feed(model, random_ids(2, 640), cache)
+    ran.clear()
+    feed(model, random_ids(2, 9 * 64 + 1, seed=2), cache)
+    assert cache.step is None and len(ran) == 8
+    assert cache.nbytes <= cache.max_nbytes
+
+
+def test_a_capture_that_fails_gives_the_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[object] = ["before"]
+
+    class Failing:
+        def __init__(self, *given: Any, **named: Any) -> None:
+            pass
+
+        def __enter__(self) -> None:
+            current.append("apart")
+
+        def __exit__(self, *error: Any) -> None:
+            raise RuntimeError("the capture was invalidated")
+
+    monkeypatch.setattr(torch.cuda, "graph", Failing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", current.append)
+    monkeypatch.setattr(adms.step_capture, "capture_stream", lambda _: "apart")
+    graph: Any = None
+    with (
+        pytest.raises(RuntimeError, match="invalidated") as caught,
+        capturing(graph, torch.device("cuda")),
+    ):
+        raise ValueError("a number was asked of the device\nwhile capturing")
+    assert current[-1] == "before"
+    assert first_cause(caught.value) == (
+        "its capture failed (ValueError: a number was asked of the device)"
+    )
 
 
 def test_a_short_call_is_read_as_it_is(

@@ -234,7 +234,7 @@ def _read(
     end = first + 1
     while end < len(kinds) and kinds[end].scheme is scheme and kinds[end].plain is None:
         end += 1
-    stack = run_of(cache.layers[first:end][: _most(cache, layer)])
+    stack = run_of(cache.layers[first:end][: _most(layer, view)])
     start, stop = view.exact_slice
     parts = [Entries(*(_beside(part[..., start:stop, :]) for part in stack.exact.tensors()))]
     totals = view.middle_totals
@@ -249,13 +249,18 @@ def _read(
     return _Held(first, len(stack.layers), scheme.rotate(keys, places.tables), values, bias)
 
 
-def _most(cache: ADMSKVCache, layer: ADMSLayer) -> int:
+def _most(layer: ADMSLayer, view: ForwardView) -> int:
     """How many layers are read at once."""
     if layer.exact is None:
         raise RuntimeError("attention before the layer received its tokens")
     room = READ_AHEAD_BYTES.get(layer.exact.keys.device.type, 0)
     rows, heads, _, size = layer.exact.keys.shape
-    entries = cache.num_entries(layer.layer_idx)
+    start, stop = view.exact_slice
+    entries, total = stop - start, max(view.middle_totals)
+    if layer.middle is not None:
+        geometry = layer.middle.plan.geometry
+        entries += geometry.num_entries(total)
+        entries += geometry.landmarks if geometry.is_coded(total) else 0
     return max(1, room // (4 * rows * heads * entries * (size + layer.exact.values.shape[3])))
 
 

@@ -108,9 +108,9 @@ def _of_task(
     ]
 
 
-def _answer_as_it_is(method: Method) -> None:
+def _answer_as_it_is(method: Method, device: torch.device) -> None:
     """An answer is a few tokens, which a graph captured for them would not repay."""
-    if isinstance(method.cache, ADMSKVCache):
+    if device.type == "cuda" and isinstance(method.cache, ADMSKVCache):
         method.cache.refuse_steps("an answer would not repay what a capture costs")
 
 
@@ -187,13 +187,8 @@ class Bench:
                     streaming_recent=streaming,
                     calibration=own,
                 ) as method:
-                    cache = method.cache
-                    if (
-                        trials
-                        and isinstance(cache, ADMSKVCache)
-                        and self.model.device.type == "cuda"
-                    ):
-                        cache.refuse_steps("an answer would not repay what a capture costs")
+                    if trials:
+                        _answer_as_it_is(method, self.model.device)
                     row["label"] = method.label
                     found, arrays = self._measure(unit, method, trials, on_chunk)
                     rows += [{**row, **one} for one in found]

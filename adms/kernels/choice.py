@@ -49,7 +49,7 @@ def launching(host: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
 
     @functools.wraps(host)
     def guarded(*given: _Given.args, **named: _Given.kwargs) -> _Made:
-        first = next(one for one in given if isinstance(one, torch.Tensor))
+        first = next(one for one in (*given, *named.values()) if isinstance(one, torch.Tensor))
         with on_device(first.device):
             return host(*given, **named)
 
