@@ -198,7 +198,7 @@ def _obstacle(
             return "some layers have windows of their own"
         if len({_form(layer) for layer in layers}) > 1:
             return "the layers differ in shape, or in what their middle holds"
-        if _has_hooks(decoder):
+        if view.device.type == "cuda" and has_hooks(decoder):
             return "modules have hooks, which a replay would not call"
         if cache.spans is not None:
             return "spans over the recent tier are learned from single tokens too"
@@ -267,7 +267,7 @@ def _form(layer: ADMSLayer) -> object:
     return shape, None if layer.middle is None else layer.middle.plan.geometry
 
 
-def _has_hooks(decoder: nn.Module) -> bool:
+def has_hooks(decoder: nn.Module) -> bool:
     """Whether modules of a decoder have hooks of the user's."""
     return any(
         not str(getattr(hook, "__module__", "")).startswith("adms.")
