@@ -268,9 +268,12 @@ def _form(layer: ADMSLayer) -> object:
 
 
 def has_hooks(decoder: nn.Module) -> bool:
-    """Whether modules of a decoder have hooks of the user's."""
+    """Whether modules of a decoder have hooks of the user's.
+
+    Those of transformers stay once outputs of layers were asked for, and do nothing else.
+    """
     return any(
-        not str(getattr(hook, "__module__", "")).startswith("adms.")
+        not str(getattr(hook, "__module__", "")).startswith(("adms.", "transformers."))
         for module in decoder.modules()
         for hooks in (module._forward_hooks, module._forward_pre_hooks)
         for hook in hooks.values()

@@ -293,6 +293,8 @@ def test_hooks_of_the_user_are_told_from_those_of_the_library() -> None:
     """A replay calls none, so that a model with any is read as it is where there are replays."""
     model = tiny_llama()
     small_cache(model)
+    with torch.no_grad():
+        model(random_ids(1, 4), output_hidden_states=True)
     assert not has_hooks(model.model)
     hook = model.model.layers[0].register_forward_hook(lambda *_: None)
     assert has_hooks(model.model)
