@@ -2,10 +2,10 @@
 
 Once all rows are coded, a chunk brings in as many tokens as leave (if these are whole blocks, and
 no fewer than leave together), and all that differs from one chunk to the next follows from counts
-on the device. So a call that has many chunks left captures
-one in two CUDA graphs and replays them: the first is the pass and all that its commit works out,
-the second puts it in place, so that an error between them changes nothing. They live for the one
-call, whose workspace they hold; a CPU would only do more work.
+on the device. So a call that has many chunks left captures one in two CUDA graphs and replays them:
+the first is the pass and all that its commit works out, the second puts it in place, so that an
+error between them changes nothing. They live for the one call, whose workspace they hold; a CPU
+would only do more work.
 
 Shapes: ``L`` layers, ``B`` rows, ``R`` rows or 1 where all rows agree, ``Q`` tokens of the chunk.
 """
