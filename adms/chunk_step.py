@@ -23,7 +23,7 @@ from adms.places import MiddleGeometry
 from adms.positions import ForwardView
 from adms.steady import SteadyCommit
 from adms.step_buffers import FULL
-from adms.step_capture import Output, capturing, rehearsal_stream
+from adms.step_capture import Output, capturing, rehearsing
 from adms.timeline import Timeline
 
 # Where chunks are replayed.
@@ -66,11 +66,10 @@ class FixedView(ForwardView):
         """``[R, 1]`` records that a row holds."""
         return self.places(geometry).records
 
-    def _make_exact_tokens(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        tokens, _ = super()._make_exact_tokens()
-        sinks = torch.arange(self.exact_slice[1], device=self.device) < self.sizes.sink
-        # Rows are coded, so their sinks are filled.
-        return tokens, sinks | (tokens >= self.evicted[:, None])
+    @property
+    def _holds_everything(self) -> bool:
+        """The counts are no business of the host."""
+        return False
 
     def middle_valid(self, geometry: MiddleGeometry) -> torch.Tensor:
         """``[R, N]``, which are there."""
@@ -97,6 +96,7 @@ class ChunkStep:
         self.layers: list[ADMSLayer] = list(cache.layers)
         self.batch = view.timeline.batch_size
         self.device = view.device
+        #: ``[3, R]`` int64 as in ``ForwardView``, counted on by the commit
         self.counts = view.counts.clone()
         #: what the counts are, as the host knows them; None after an error
         self.known: tuple[list[int], list[int]] | None = None
@@ -110,11 +110,6 @@ class ChunkStep:
     def evicted(self) -> torch.Tensor:
         """``[R]`` int64, tokens that have left the recent tier."""
         return self.counts[1]
-
-    @property
-    def seen(self) -> torch.Tensor:
-        """``[R]`` int64, tokens before the chunk."""
-        return self.counts[0]
 
     def count_on(self, count: int) -> None:
         """Once ``count`` tokens have come and gone."""
@@ -174,11 +169,8 @@ class ChunkStep:
 
     def _capture(self, view: ForwardView) -> None:
         """Captures both halves; changes nothing."""
-        side = rehearsal_stream(self.device)
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        with rehearsing(self.device):
             self._pass(view)
-        torch.cuda.current_stream().wait_stream(side)
         graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with capturing(graphs[0], self.device):
             self._pass(view)
@@ -206,7 +198,7 @@ class _ChunkCommit(SteadyCommit):
         owner = self.owner
         if not isinstance(owner, ChunkStep):
             raise RuntimeError("a chunk's commit beside another pass")
-        sizes, seen = owner.cache.sizes, owner.seen.expand(owner.batch)
+        sizes, seen = owner.cache.sizes, owner.counts[0].expand(owner.batch)
         coming = seen[:, None] + torch.arange(self.count, device=owner.device)
         rows = torch.arange(owner.batch, device=owner.device)[:, None]
         # Indices that stand apart come first: [B, Q, L, K, D].

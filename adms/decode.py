@@ -38,39 +38,40 @@ KNOWN = frozenset(
 
 @dataclass
 class Reading:
-    """How one call reads its chunks.
+    """One call of a decoder, and how it reads its chunks.
 
     Attributes:
-        chunk: tokens of one of full size.
+        decoder: the decoder.
+        forward: its own forward.
+        cache: the cache.
+        chunk: tokens of a chunk of full size.
         left: chunks of full size that are still to be read, the one under way included.
         step: replays them, once there was one to be captured.
         is_general: whether something is in the way of that.
     """
 
+    decoder: nn.Module
+    forward: Callable[..., Any]
+    cache: ADMSKVCache
     chunk: int
     left: int
     step: ChunkStep | None = None
     is_general: bool = False
 
 
-def advance(
-    decoder: nn.Module,
-    forward: Callable[..., Any],
-    cache: ADMSKVCache,
-    arguments: dict[str, Any],
-    reading: Reading,
-) -> Any:
+def advance(reading: Reading, arguments: dict[str, Any]) -> Any:
     """Runs the pass that is under way: as a static one where that can be, else as it is.
 
     Raises:
         ADMSValueError: ``kernel="triton"`` was asked for, and a step cannot be made.
     """
+    decoder, forward, cache = reading.decoder, reading.forward, reading.cache
     view, kernel = cache.require_view(), cache.binding_for_use.kernel
     if kernel == "torch" or not cache.is_initialized:
         return forward(**arguments)
     # A step made for the rest of a prompt would take the place of tokens of its other chunks.
     if view.columns != 1 or (reading.left and reading.chunk > 1):
-        return _read_chunk(decoder, forward, cache, arguments, reading)
+        return _read_chunk(reading, arguments)
     step = cache.step
     if step is not None and not step.fits(cache, decoder):
         step = None
@@ -99,15 +100,10 @@ def advance(
     return forward(**arguments)
 
 
-def _read_chunk(
-    decoder: nn.Module,
-    forward: Callable[..., Any],
-    cache: ADMSKVCache,
-    arguments: dict[str, Any],
-    reading: Reading,
-) -> Any:
+def _read_chunk(reading: Reading, arguments: dict[str, Any]) -> Any:
     """A chunk: replayed where the call has enough of its kind left, else as it is."""
-    view, step = cache.require_view(), reading.step
+    forward, cache, step = reading.forward, reading.cache, reading.step
+    view = cache.require_view()
     if reading.is_general or not _is_steady(cache, view, reading.chunk):
         return forward(**arguments)
     if step is not None and not step.fits(view):
@@ -115,7 +111,7 @@ def _read_chunk(
     if step is None:
         if reading.left < chunk_step.WORTH:
             return forward(**arguments)
-        if cache.chunk_refused or _obstacle(cache, None, view, decoder, arguments) is not None:
+        if cache.chunk_refused or _obstacle(cache, None, view, reading.decoder, arguments):
             reading.is_general = True
             return forward(**arguments)
         step = ChunkStep(cache, forward)

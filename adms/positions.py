@@ -147,13 +147,15 @@ class ForwardView:
         sinks = torch.arange(sink, device=self.device).expand(self.rows, -1)
         tokens = torch.cat([sinks, ring], dim=1)[:, start:stop]
         valid = torch.cat([sinks < self.evicted[:, None], ring >= self.evicted[:, None]], dim=1)
-        # Known on the host: with equal rows and no slot stale, no mask is needed.
+        return tokens, None if self._holds_everything else valid[:, start:stop]
+
+    @property
+    def _holds_everything(self) -> bool:
+        """Known on the host: with equal rows and no exact slot stale, no mask is needed."""
         seen, evicted = self.timeline.seen[0], self.timeline.evicted[0]
         held = seen + (self.new[0] if self.in_ring else 0)
-        full = self.is_uniform and (
-            evicted == 0 or (evicted >= sink and held - evicted == self.sizes.ring)
-        )
-        return tokens, None if full else valid[:, start:stop]
+        sink, ring = self.sizes.sink, self.sizes.ring
+        return self.is_uniform and (evicted == 0 or (evicted >= sink and held - evicted == ring))
 
     @property
     def ring_is_full(self) -> bool:

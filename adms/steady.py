@@ -18,7 +18,7 @@ import torch
 from adms.commit import Work, settle_landmarks, stacks_of
 from adms.entries import Entries
 from adms.layer import ADMSLayer
-from adms.step_capture import capturing, rehearsal_stream
+from adms.step_capture import capturing, rehearsing
 from adms.tiers.exact import at_slots
 from adms.tiers.undo import Undo
 
@@ -156,12 +156,9 @@ class SteadyCommit:
         Args:
             pool: the memory of the step's graph, which never runs at the same time.
         """
-        side = rehearsal_stream(self.owner.device)
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        with rehearsing(self.owner.device):
             for _ in range(REHEARSALS):
                 self.work_out()
-        torch.cuda.current_stream().wait_stream(side)
         graphs = (torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph())
         for graph, half in zip(graphs, (self.work_out, self.put_in_place), strict=True):
             with capturing(graph, self.owner.device, pool):

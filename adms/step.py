@@ -27,7 +27,7 @@ from adms.positions import ForwardView
 from adms.stack import tensors_of
 from adms.steady import SteadyCommit
 from adms.step_buffers import FULL, Held, Shared, hold
-from adms.step_capture import Output, capturing, rehearsal_stream
+from adms.step_capture import Output, capturing, rehearsing
 from adms.tiers.middle import MiddleTier
 
 # Passes before a capture, in which kernels are compiled and libraries set themselves up.
@@ -167,17 +167,14 @@ class DecodeStep:
         if self.held is None:
             raise RuntimeError("a capture before its buffers")
         seen = self.held.seen.clone()
-        side = rehearsal_stream(self.device)
-        side.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         with compiled_layers(self.decoder(), self.attend):
-            with torch.cuda.stream(side):
+            with rehearsing(self.device):
                 for _ in range(WARMUP_PASSES):
                     # The next slot may hold a token that is still read.
                     self.held.seen.copy_(seen)
                     self._pass(forward, arguments)
                 self.held.seen.copy_(seen)
-            torch.cuda.current_stream().wait_stream(side)
             with capturing(graph, self.device):
                 result = self._pass(forward, arguments)
         # The passes before were rehearsals: they wrote what this one will write again.

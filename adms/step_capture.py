@@ -50,9 +50,19 @@ def first_cause(error: BaseException) -> str:
 
 
 @functools.cache
-def rehearsal_stream(device: torch.device) -> torch.cuda.Stream:
-    """Where passes run before they are captured: one for all, as cuBLAS keeps 32 MiB for each."""
+def _rehearsal_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all, as cuBLAS keeps 32 MiB for each."""
     return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def rehearsing(device: torch.device) -> Iterator[None]:
+    """Runs what is to be captured aside: kernels are compiled and libraries set themselves up."""
+    side = _rehearsal_stream(device)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        yield
+    torch.cuda.current_stream().wait_stream(side)
 
 
 class Output:

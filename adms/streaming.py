@@ -63,7 +63,8 @@ def stream(
     valid = column_validity(arguments.get("attention_mask"), cache, batch, columns)
     chunk = cache.chunk_tokens
     bounds = list(range(columns % chunk or min(chunk, columns), columns, chunk)) + [columns]
-    outputs, start, reading = [], 0, Reading(chunk, columns // chunk)
+    outputs, start = [], 0
+    reading = Reading(decoder, forward, cache, chunk, columns // chunk)
     # Held for the whole call: tokens of another one must not come between its chunks. Without
     # gradients, which would keep what the tiers held alive.
     with cache.exclusive(), on_device(inputs.device):
@@ -81,7 +82,7 @@ def stream(
                 own["adms_cache"] = cache
                 if adjust is not None:
                     adjust(own, cache)
-                outputs.append(advance(decoder, forward, cache, own, reading))
+                outputs.append(advance(reading, own))
                 cache.commit()
             except Exception as error:
                 cache.rollback()
