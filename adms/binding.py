@@ -122,6 +122,7 @@ class Binding:
         kernel: what decodes single tokens.
         captures: whether the family's decoder can be captured in a CUDA graph.
         ranks: the processes that hold the model's heads between them.
+        rehearsed: forms of chunks that were run before a capture, whose kernels are ready.
     """
 
     model_key: weakref.ReferenceType[Any]
@@ -142,6 +143,7 @@ class Binding:
     kernel: Kernel = "auto"
     captures: bool = False
     ranks: Ranks = ALONE
+    rehearsed: set[object] = field(default_factory=set)
     _plans: dict[Any, MiddlePlan | None] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Binding":

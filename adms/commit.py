@@ -26,7 +26,7 @@ from adms.timeline import Timeline
 
 # Tokens of all layers that are worked on at once. Coding one takes some 200 KB for a moment in a
 # model of eight heads of 128.
-TOKENS_TOGETHER = 1024
+TOKENS_TOGETHER = 2048
 
 
 @dataclass
