@@ -30,6 +30,12 @@ MOST_COLUMNS = 256
 # Tiles and elements that a program of the merge adds up at a time.
 MERGED_TILES = 128
 MERGED_COLUMNS = 32
+# Tiles of codes that are added up at a time before their values are projected, the least elements
+# of a program that does so, and programs that are enough for a device: more than these would only
+# add up the same again.
+PROJECTED_TILES = 32
+PROJECTED_COLUMNS = 32
+PROJECTING = 128
 # Least extents of a matrix product.
 LEAST = 16
 
@@ -85,7 +91,8 @@ def fused_decode_attention(
         triton.cdiv(part.records.shape[1], form.tile)
         for part, form in zip(coded, forms, strict=True)
     ]
-    tiles = sum(counts)
+    # Tiles of codes are added up for themselves.
+    tiles = sum(counts[: len(exact)]) + len(coded)
 
     def new(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=torch.float32, device=query.device)
@@ -111,7 +118,7 @@ def fused_decode_attention(
                         coded[place], forms[place], asked, asked_strides, partial, count, kv_heads,
                         numbers, shared,
                     )  # fmt: skip
-            first += count
+            first += count if index < len(exact) else 1
     out = torch.empty(rows, heads, size, dtype=query.dtype, device=query.device)
     columns = min(size, MERGED_COLUMNS)
     kernels.merge[size // columns, heads, rows](
@@ -179,20 +186,22 @@ class _Form:
 
     Attributes:
         tile: entries of a program.
-        chunk: channels that are looked up at a time.
+        chunk: channels of keys that are looked up at a time.
+        value_chunk: the same of values, which leave more registers.
         warps: of a program.
         registers: of a thread; 0: as many as it takes.
     """
 
     tile: int
     chunk: int
+    value_chunk: int
     warps: int
     registers: int = 0
 
 
 # Measured in docs/performance.md. Wide tiles turn directions into numbers for many entries at once;
 # of few entries narrow ones make more programs, which wait for memory side by side.
-WIDE, NARROW, SINGLE = _Form(128, 64, 8), _Form(32, 64, 8, 128), _Form(32, 32, 4)
+WIDE, NARROW, SINGLE = _Form(128, 64, 128, 8), _Form(32, 64, 64, 8, 128), _Form(32, 32, 32, 4)
 # Entries from which on tiles are wide, and the largest heads whose sums such a program can hold.
 WIDE_FROM = 512
 WIDEST_HEAD = 256
@@ -233,27 +242,49 @@ def _coded(
     # Codes are small numbers that float16 holds more finely than bfloat16.
     single = query.dtype == torch.float32
     books = codebooks_on(query.device, torch.float32 if single else torch.float16)
-    kernels.coded_tiles[tiles, keys.blocks * triton.cdiv(share, heads), query.shape[0]](
-        *asked, part.records, tables.offsets, books, *_tensors(keys), *_tensors(values),
+    rows, count = query.shape[:2]
+    # What each tile leaves of each query head: maximum, sum of weights, sum of weights times gains,
+    # and means of channels.
+    left = torch.empty(3, rows, count, tiles, dtype=torch.float32, device=query.device)
+    v_groups = max(triton.next_power_of_2(values.channels // 8), form.value_chunk // 8)
+    means = left.new_empty(rows, count, tiles, 8 * v_groups, dtype=books.dtype)
+    of_keys, of_values = _tensors(keys), _tensors(values)
+    kinds: dict[str, Any] = {
+        "PACKED": shared["PACKED"], "WHOLE": keys.basis.dtype == values.basis.dtype == torch.int8,
+    }  # fmt: skip
+    code_kind = tl.float32 if single else tl.float16
+    kernels.coded_tiles[tiles, keys.blocks * triton.cdiv(share, heads), rows](
+        *asked, part.records, tables.offsets, books, *of_keys,
         tables.offsets if log_weight is None else log_weight,
         part.cos, part.sin, part.valid.view(torch.uint8),
-        *partial, *asked_strides, *part.records.stride()[:2], tables.record_bytes,
-        _row_stride(tables.offsets), tables.offsets.stride(1), *_numbers(keys), *_numbers(values),
+        *left, means, *asked_strides, *part.records.stride()[:2], tables.record_bytes,
+        _row_stride(tables.offsets), tables.offsets.stride(1), *_numbers(keys),
+        values.gain_start, values.gain_stride, values.channels,
         0 if log_weight is None else _row_stride(log_weight),
         _row_stride(part.cos), part.cos.stride(1), _row_stride(part.valid),
-        part.records.shape[1], *numbers[:2], keys.blocks, numbers[2], **shared,
+        part.records.shape[1], tiles, keys.blocks, numbers[2],
+        H=count, G=shared["G"], F=half, KIND=shared["KIND"], **kinds,
         P=_padded(heads * shared["G"]), TILE=form.tile, CHUNK=form.chunk,
-        K_GROUPS=triton.next_power_of_2(keys.channels // 8),
-        V_GROUPS=triton.next_power_of_2(values.channels // 8),
+        V_CHUNK=form.value_chunk,
+        K_GROUPS=triton.next_power_of_2(keys.channels // 8), V_GROUPS=v_groups,
         STAGES=tables.offsets.shape[1], SHARE=share, HEADS=heads,
         K_CHOSEN=keys.rows is not None, K_WEIGHTED=keys.weight is not None,
-        V_CHOSEN=values.rows is not None, V_WEIGHTED=values.weight is not None,
         BIASED=log_weight is not None, HALF=tables.half_gain, STEPS=tables.gain_steps,
-        CODE_KIND=tl.float32 if single else tl.float16,
-        WHOLE=keys.basis.dtype == values.basis.dtype == torch.int8,
-        FENCED=shared["PACKED"] and _has_own_readers(query.device),
+        CODE_KIND=code_kind, FENCED=shared["PACKED"] and _has_own_readers(query.device),
         num_warps=form.warps, num_stages=1,
         **({"maxnreg": form.registers} if form.registers else {}),
+    )  # fmt: skip
+    columns = 2 * half
+    while columns > PROJECTED_COLUMNS and rows * count * (2 * half // columns) < PROJECTING:
+        columns //= 2
+    kernels.projected[2 * half // columns, count, rows](
+        *left, means, tables.offsets, *of_values, *partial,
+        tables.record_bytes, _row_stride(tables.offsets), keys.blocks * keys.channels // 8,
+        *_numbers(values), tiles, *numbers[:2],
+        H=count, G=shared["G"], F=half, SHARE=share, COLUMNS=columns,
+        TILES=min(PROJECTED_TILES, triton.next_power_of_2(tiles)), GROUPS=v_groups,
+        CHOSEN=values.rows is not None, WEIGHTED=values.weight is not None, KIND=code_kind,
+        **kinds,
     )  # fmt: skip
 
 
