@@ -114,22 +114,17 @@ def _ahead(
     second = first
     if STAGES > 1:
         second = _offsets(offsets, 1, group, group < groups, record_bytes, offset_stage)
-    third = second
-    if STAGES > 2:
-        third = _offsets(offsets, 2, group, group < groups, record_bytes, offset_stage)
     code_1 = _codes(record, first)
-    code_2, code_3 = code_1, code_1
+    code_2 = code_1
     if STAGES > 1:
         code_2 = _codes(record, second)
-    if STAGES > 2:
-        code_3 = _codes(record, third)
-    return first, second, third, code_1, code_2, code_3
+    return first, second, code_1, code_2
 
 
 @triton.jit
 def _chunk(
     record, offsets, books, start, groups, deep, deeper, record_bytes, offset_stage,
-    first, second, third, code_1, code_2, code_3, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+    first, second, code_1, code_2, CHUNK: tl.constexpr, STAGES: tl.constexpr,
     TILE: tl.constexpr, KIND: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Sums ``[TILE, CHUNK]`` of the codewords of all stages, for some channels of a block.
@@ -145,14 +140,11 @@ def _chunk(
     total = tl.zeros([CHUNK // 8, TILE, 8], dtype=KIND)
     if STAGES > 2:  # noqa: SIM102, which of the two the compiler decides
         if start < deep:
-            total = _words(books, code_3, third, 2) * _there(third, KIND)
-            if STAGES > 3:  # noqa: SIM102
-                if start < deeper:
-                    for stage in tl.static_range(3, STAGES):
-                        total += _deeper(
-                            record, offsets, books, stage, start, groups, record_bytes,
-                            offset_stage, CHUNK, KIND,
-                        )  # fmt: skip
+            for stage in range(2, tl.where(start < deeper, STAGES, 3)):
+                total += _deeper(
+                    record, offsets, books, stage, start, groups, record_bytes, offset_stage,
+                    CHUNK, KIND,
+                )  # fmt: skip
     total += word_1 * _there(first, KIND)
     if STAGES > 1:
         total += word_2 * _there(second, KIND)
@@ -199,7 +191,8 @@ def _inverse(x, PACKED: tl.constexpr):
 
 @triton.jit
 def _centre(
-    mean, weight, column, F: tl.constexpr, WEIGHTED: tl.constexpr, PACKED: tl.constexpr
+    mean, weight, column, F: tl.constexpr, WEIGHTED: tl.constexpr, KIND: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """What both halves ``[HEADS * F]`` of a state are multiplied with, and their means."""
     w1 = tl.full(column.shape, 1.0, dtype=tl.float32)
@@ -207,6 +200,11 @@ def _centre(
     if WEIGHTED:
         w1 = _inverse(tl.load(weight + column).to(tl.float32), PACKED)
         w2 = _inverse(tl.load(weight + column + F).to(tl.float32), PACKED)
-    m1 = tl.load(mean + column).to(tl.float32)
-    m2 = tl.load(mean + column + F).to(tl.float32)
-    return w1, w2, m1, m2
+    m1 = tl.load(mean + column)
+    m2 = tl.load(mean + column + F)
+    return (
+        _fixed(w1.to(KIND), PACKED),
+        _fixed(w2.to(KIND), PACKED),
+        _fixed(m1.to(KIND), PACKED),
+        _fixed(m2.to(KIND), PACKED),
+    )

@@ -62,7 +62,7 @@ def coded_states(
         deep = _reach(offsets, 2, record_bytes, offset_stage, groups, GROUPS)
     if STAGES > 3:
         deeper = _reach(offsets, 3, record_bytes, offset_stage, groups, GROUPS)
-    first, second, third, code_1, code_2, code_3 = _ahead(
+    first, second, code_1, code_2 = _ahead(
         record, offsets, 0, groups, record_bytes, offset_stage, CHUNK, STAGES
     )
     for start in range(0, used, CHUNK // 8):
@@ -76,11 +76,11 @@ def coded_states(
         directions = tl.load(at, mask=there[None, :], other=0)
         coded = _chunk(
             record, offsets, books, start, groups, deep, deeper, record_bytes, offset_stage,
-            first, second, third, code_1, code_2, code_3, CHUNK, STAGES, TILE, CODE_KIND, False,
+            first, second, code_1, code_2, CHUNK, STAGES, TILE, CODE_KIND, False,
         )  # fmt: skip
         coded = (coded.to(tl.float32) * factor[None, :]).to(CODE_KIND)
         states = tl.dot(coded, directions.to(CODE_KIND), states, input_precision="ieee")
-        first, second, third, code_1, code_2, code_3 = coming
+        first, second, code_1, code_2 = coming
     gain = _gain(record, gain_start + block * gain_block, HALF, STEPS)
     states *= gain[:, None]
     if WEIGHTED:

@@ -3,8 +3,9 @@
 Entries are split into tiles; a program works on one tile for the query heads of one KV head, or of
 one block of KV heads that share a code, and writes its maximum, its sum and its weighted values
 (flash-decoding). Codes are looked up once for all heads of a block, keys projected and rotated in
-registers; values of codes are summed as channels, and ``projected`` adds these sums up over tiles
-before it projects them. What is left is of one form, and ``merge`` adds it up.
+registers, in float16 for a model in bfloat16, which would round them eight times as coarsely.
+Values of codes are summed as channels, and ``projected`` adds these sums up over tiles before it
+projects them. What is left is of one form, and ``merge`` adds it up.
 
 Shapes: ``B`` rows, ``H`` query heads, ``K`` KV heads, ``G = H / K``, ``P`` queries of a program
 padded for a matrix product, ``F`` half of the head size, ``T`` tiles of all parts. Names with
@@ -69,12 +70,12 @@ def _queries(
 def _rotated(
     k1, k2, cos, sin, n, t_entry, F: tl.constexpr, HEADS: tl.constexpr, KIND: tl.constexpr
 ):  # fmt: skip
-    """Both halves of keys ``[TILE, HEADS * F]`` at their positions."""
+    """Both halves of keys ``[TILE, HEADS * F]`` at their positions, worked out as keys are held."""
     TILE: tl.constexpr = k1.shape[0]
     at = n[:, None] * t_entry + tl.arange(0, F)[None, :]
     # All heads turn alike.
-    c = tl.load(cos + at).to(tl.float32)[:, None, :]
-    s = tl.load(sin + at).to(tl.float32)[:, None, :]
+    c = tl.load(cos + at).to(k1.dtype)[:, None, :]
+    s = tl.load(sin + at).to(k1.dtype)[:, None, :]
     k1 = tl.reshape(k1, [TILE, HEADS, F])
     k2 = tl.reshape(k2, [TILE, HEADS, F])
     r1 = tl.reshape((k1 * c - k2 * s).to(KIND), [TILE, HEADS * F])
@@ -141,26 +142,42 @@ def exact_tiles(
 def coded_tiles(
     query, q_cos, q_sin, records, offsets, books,
     k_basis, k_scale, k_deviation, k_mean, k_rows, k_weight,
-    log_weight, cos, sin, valid, maxima, sums, sizes, means,
-    q_row, q_head, qt_row, r_row, r_entry, record_bytes, offset_row, offset_stage,
+    log_weight, cos, sin, valid, f_records, f_log_weight, f_cos, f_sin, f_valid,
+    maxima, sums, sizes, means,
+    q_row, q_head, qt_row, r_row, r_entry, record_bytes, f_row, f_entry, f_bytes,
+    offset_row, offset_stage,
     k_basis_row, k_basis_block, k_basis_channel, k_scale_row, k_scale_block, k_deviation_row,
     k_deviation_block, k_mean_row, k_mean_block, k_rows_row, k_rows_block, k_weight_row,
     k_weight_block, k_gain, k_gain_block, k_channels,
-    v_gain, v_gain_block, v_channels, log_row, t_row, t_entry, valid_row, count, tiles, blocks,
-    scaling,
+    v_gain, v_gain_block, v_channels, log_row, t_row, t_entry, valid_row, count,
+    f_log_row, ft_row, f_valid_row, f_count, f_tiles, tiles, blocks, scaling,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr,
     CHUNK: tl.constexpr, V_CHUNK: tl.constexpr, STAGES: tl.constexpr, SHARE: tl.constexpr,
-    HEADS: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
+    HEADS: tl.constexpr, K_GROUPS: tl.constexpr, K_USED: tl.constexpr, V_GROUPS: tl.constexpr,
     K_CHOSEN: tl.constexpr, K_WEIGHTED: tl.constexpr, BIASED: tl.constexpr,
-    HALF: tl.constexpr, STEPS: tl.constexpr, KIND: tl.constexpr, CODE_KIND: tl.constexpr,
+    HALF: tl.constexpr, STEPS: tl.constexpr, KEY_KIND: tl.constexpr, CODE_KIND: tl.constexpr,
     PACKED: tl.constexpr, WHOLE: tl.constexpr, FENCED: tl.constexpr,
 ):  # fmt: skip
     """Tiles of codes; a program for ``HEADS`` of the ``SHARE`` KV heads of a block.
+
+    The first ``f_tiles`` are of finer records, which go on where the others end.
 
     Of values it leaves the weighted means of channels before scaling, and ``sizes``, the sums of
     their weights.
     """
     tile, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    place = tile
+    # What a tile leaves of values goes as far as any goes.
+    most_bytes = tl.maximum(record_bytes, f_bytes)
+    fine = tile < f_tiles
+    if fine:
+        records, log_weight, valid, cos, sin = f_records, f_log_weight, f_valid, f_cos, f_sin
+    # Selected each, for some may be known when the kernel is compiled and others not.
+    tile = tl.where(fine, tile, tile - f_tiles)
+    r_row, r_entry = tl.where(fine, f_row, r_row), tl.where(fine, f_entry, r_entry)
+    record_bytes, count = tl.where(fine, f_bytes, record_bytes), tl.where(fine, f_count, count)
+    log_row, valid_row = tl.where(fine, f_log_row, log_row), tl.where(fine, f_valid_row, valid_row)
+    t_row = tl.where(fine, ft_row, t_row)
     pieces: tl.constexpr = (SHARE + HEADS - 1) // HEADS
     block = tl.program_id(1) // pieces
     head = tl.program_id(1) % pieces * HEADS
@@ -176,9 +193,8 @@ def coded_tiles(
     # Columns of the basis: the first half of every head of the program; the second lies F behind.
     j = tl.arange(0, HEADS * F)
     column = tl.minimum(head + j // F, SHARE - 1) * 2 * F + j % F
-    k1 = tl.zeros([TILE, HEADS * F], dtype=tl.float32)
-    k2 = tl.zeros([TILE, HEADS * F], dtype=tl.float32)
-    used = _reach(k_offsets, 0, record_bytes, offset_stage, k_channels // 8, K_GROUPS)
+    k1 = tl.zeros([TILE, HEADS * F], dtype=KEY_KIND)
+    k2 = tl.zeros([TILE, HEADS * F], dtype=KEY_KIND)
     deep, deeper = 0, 0
     if STAGES > 2:
         deep = _reach(k_offsets, 2, record_bytes, offset_stage, k_channels // 8, K_GROUPS)
@@ -190,10 +206,11 @@ def coded_tiles(
     k_rows += row * k_rows_row + block * k_rows_block
     c = tl.arange(0, CHUNK)
     which = _followed(k_rows, c, k_channels, K_CHOSEN)
-    first, second, third, code_1, code_2, code_3 = _ahead(
+    first, second, code_1, code_2 = _ahead(
         record, k_offsets, 0, k_channels // 8, record_bytes, offset_stage, CHUNK, STAGES
     )
-    for start in range(0, used, CHUNK // 8):
+    # Unrolled, for sums in float16 are taken apart and put together at the ends of a loop.
+    for start in tl.static_range(0, K_USED, CHUNK // 8):
         at = k_basis + which[:, None] * k_basis_channel + column[None, :]
         b1 = tl.load(at)
         b2 = tl.load(at + F)
@@ -205,28 +222,29 @@ def coded_tiles(
         )  # fmt: skip
         coded = _chunk(
             record, k_offsets, books, start, k_channels // 8, deep, deeper, record_bytes,
-            offset_stage, first, second, third, code_1, code_2, code_3, CHUNK, STAGES, TILE,
+            offset_stage, first, second, code_1, code_2, CHUNK, STAGES, TILE,
             CODE_KIND, PACKED,
         )  # fmt: skip
         factor = factor.to(CODE_KIND)[:, None]
         b1 = _fixed(_numbers(b1, CODE_KIND, PACKED, WHOLE) * factor, PACKED)
         b2 = _fixed(_numbers(b2, CODE_KIND, PACKED, WHOLE) * factor, PACKED)
         _publish(FENCED)
-        k1 = tl.dot(coded, b1, k1, input_precision="ieee")
-        k2 = tl.dot(coded, b2, k2, input_precision="ieee")
-        first, second, third, code_1, code_2, code_3 = coming
+        k1 = tl.dot(coded, b1, k1, input_precision="ieee", out_dtype=KEY_KIND)
+        k2 = tl.dot(coded, b2, k2, input_precision="ieee", out_dtype=KEY_KIND)
+        first, second, code_1, code_2 = coming
     w1, w2, m1, m2 = _centre(
         k_mean + row * k_mean_row + block * k_mean_block,
-        k_weight + row * k_weight_row + block * k_weight_block, column, F, K_WEIGHTED, PACKED,
+        k_weight + row * k_weight_row + block * k_weight_block, column, F, K_WEIGHTED, KEY_KIND,
+        PACKED,
     )  # fmt: skip
-    gain = _gain(record, k_gain + block * k_gain_block, HALF, STEPS)
-    k1 = k1 * gain[:, None] * w1[None, :] + m1[None, :]
-    k2 = k2 * gain[:, None] * w2[None, :] + m2[None, :]
+    gain = _gain(record, k_gain + block * k_gain_block, HALF, STEPS).to(KEY_KIND)[:, None]
+    k1 = k1 * gain * w1[None, :] + m1[None, :]
+    k2 = k2 * gain * w2[None, :] + m2[None, :]
     q1, q2 = _queries(
         query, q_cos, q_sin, row, kv, own_heads, q_row, q_head, qt_row, G, P, F, HEADS, PACKED
     )
-    q1, q2 = _fixed(q1.to(KIND), PACKED), _fixed(q2.to(KIND), PACKED)
-    r1, r2 = _rotated(k1, k2, cos + row * t_row, sin + row * t_row, n, t_entry, F, HEADS, KIND)
+    q1, q2 = _fixed(q1.to(CODE_KIND), PACKED), _fixed(q2.to(CODE_KIND), PACKED)
+    r1, r2 = _rotated(k1, k2, cos + row * t_row, sin + row * t_row, n, t_entry, F, HEADS, CODE_KIND)
     # Keys come first: what a product leaves is what the next one takes as its first operand, where
     # it lies.
     _publish(FENCED)
@@ -245,34 +263,34 @@ def coded_tiles(
     weight = tl.where(shown[None, :], weight * gain[None, :], 0.0)
     # Means of channels are as small as channels are, which sums need not be.
     size = tl.sum(weight, axis=1)
-    out = (row * H + kv * G + g) * tiles + tile
+    out = (row * H + kv * G + g) * tiles + place
     tl.store(maxima + out, most, mask=own)
     tl.store(sums + out, total, mask=own)
     tl.store(sizes + out, size, mask=own)
     weight = (weight / tl.where(size > 0, size, 1.0)[:, None]).to(CODE_KIND)
-    used = _reach(v_offsets, 0, record_bytes, offset_stage, v_channels // 8, V_GROUPS)
+    used = _reach(v_offsets, 0, most_bytes, offset_stage, v_channels // 8, V_GROUPS)
     if STAGES > 2:
         deep = _reach(v_offsets, 2, record_bytes, offset_stage, v_channels // 8, V_GROUPS)
     if STAGES > 3:
         deeper = _reach(v_offsets, 3, record_bytes, offset_stage, v_channels // 8, V_GROUPS)
-    first, second, third, code_1, code_2, code_3 = _ahead(
+    first, second, code_1, code_2 = _ahead(
         record, v_offsets, 0, v_channels // 8, record_bytes, offset_stage, V_CHUNK, STAGES
     )
     for start in range(0, used, V_CHUNK // 8):
-        coming = _ahead(
+        after = _ahead(
             record, v_offsets, start + V_CHUNK // 8, v_channels // 8, record_bytes, offset_stage,
             V_CHUNK, STAGES,
         )  # fmt: skip
-        coded = _chunk(
+        summed = _chunk(
             record, v_offsets, books, start, v_channels // 8, deep, deeper, record_bytes,
-            offset_stage, first, second, third, code_1, code_2, code_3, V_CHUNK, STAGES, TILE,
+            offset_stage, first, second, code_1, code_2, V_CHUNK, STAGES, TILE,
             CODE_KIND, PACKED,
         )  # fmt: skip
-        mean = tl.dot(weight, coded, input_precision="ieee").to(CODE_KIND)
+        mean = tl.dot(weight, summed, input_precision="ieee").to(CODE_KIND)
         channel = start * 8 + tl.arange(0, V_CHUNK)
         into = means + out[:, None] * (8 * V_GROUPS) + channel[None, :]
         tl.store(into, mean, mask=own[:, None])
-        first, second, third, code_1, code_2, code_3 = coming
+        first, second, code_1, code_2 = after
 
 
 @triton.jit
