@@ -279,20 +279,29 @@ class DecodeStep:
         self.flags.zero_()
         sizes, like = self.layers[0].cache.sizes, exact.keys
         slots = sizes.sink + held.seen % sizes.ring
-        cos, sin = self.scheme.tables(held.positions, like, held.positions)
         count = held.tokens.shape[1]
+        exact_positions, middle_positions = held.positions[:, :count], held.positions[:, count:]
+        cos, sin = self._turns(exact_positions, like)
         own = torch.arange(len(slots), device=self.device)
-        marks = None
-        if held.mark_positions is not None:
-            marks = self.scheme.tables(held.mark_positions, like, held.mark_positions)
+        if self.fused and self.phase == "coded" and like.dtype == torch.bfloat16:
+            # As keys of codes are worked out there.
+            like = like.new_empty(1, 1, 1, like.shape[3], dtype=torch.float16)
+        marks = held.mark_positions
         return Shared(
             slots=slots,
             query=(cos[own, slots], sin[own, slots]),
-            exact=(cos[:, :count], sin[:, :count]),
+            exact=(cos, sin),
             valid=held.kept & (held.tokens <= held.seen[:, None]),
-            middle=(cos[:, count:], sin[:, count:]),
-            marks=marks,
+            middle=self._turns(middle_positions, like),
+            marks=None if marks is None else self._turns(marks, like),
         )
+
+    def _turns(
+        self, positions: torch.Tensor, like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines ``[R, N, D]`` of positions ``[R, N]``, in the dtype of ``like``."""
+        cos, sin = self.scheme.tables(positions, like, positions)
+        return cos, sin
 
     # --- one layer -------------------------------------------------------------------------------
 

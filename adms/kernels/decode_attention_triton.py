@@ -30,6 +30,12 @@ MOST_COLUMNS = 256
 # Tiles and elements that a program of the merge adds up at a time.
 MERGED_TILES = 128
 MERGED_COLUMNS = 32
+# Tiles of codes that are added up at a time before their values are projected, the least elements
+# of a program that does so, and programs that are enough for a device: more than these would only
+# add up the same again.
+PROJECTED_TILES = 32
+PROJECTED_COLUMNS = 32
+PROJECTING = 128
 # Least extents of a matrix product.
 LEAST = 16
 
@@ -80,12 +86,9 @@ def fused_decode_attention(
             "use kernel='torch'"
         )
     counts = [triton.cdiv(part.keys.shape[2], EXACT_TILE) for part in exact]
-    forms = [_form(part, query.dtype, size) for part in coded]
-    counts += [
-        triton.cdiv(part.records.shape[1], form.tile)
-        for part, form in zip(coded, forms, strict=True)
-    ]
-    tiles = sum(counts)
+    together = _together(coded)
+    # Tiles of codes are added up for themselves.
+    tiles = sum(counts) + len(together)
 
     def new(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=torch.float32, device=query.device)
@@ -100,18 +103,15 @@ def fused_decode_attention(
     }  # fmt: skip
     first = 0
     with _Branches(query.device) as branches:
-        for index, count in enumerate(counts):
+        for part, count in zip(exact, counts, strict=True):
             numbers = (first, tiles, scaling)
-            if index < len(exact):
-                _exact(exact[index], asked, asked_strides, partial, count, numbers, shared)
-            else:
-                place = index - len(exact)
-                with branches.next():
-                    _coded(
-                        coded[place], forms[place], asked, asked_strides, partial, count, kv_heads,
-                        numbers, shared,
-                    )  # fmt: skip
+            _exact(part, asked, asked_strides, partial, count, numbers, shared)
             first += count
+        for parts in together:
+            with branches.next():
+                numbers = (first, tiles, scaling)
+                _coded(parts, asked, asked_strides, partial, kv_heads, numbers, shared)
+            first += 1
     out = torch.empty(rows, heads, size, dtype=query.dtype, device=query.device)
     columns = min(size, MERGED_COLUMNS)
     kernels.merge[size // columns, heads, rows](
@@ -179,44 +179,66 @@ class _Form:
 
     Attributes:
         tile: entries of a program.
-        chunk: channels that are looked up at a time.
+        chunk: channels of keys that are looked up at a time.
+        value_chunk: the same of values, which leave more registers.
         warps: of a program.
         registers: of a thread; 0: as many as it takes.
     """
 
     tile: int
     chunk: int
+    value_chunk: int
     warps: int
     registers: int = 0
 
 
 # Measured in docs/performance.md. Wide tiles turn directions into numbers for many entries at once;
-# of few entries narrow ones make more programs, which wait for memory side by side.
-WIDE, NARROW, SINGLE = _Form(128, 64, 8), _Form(32, 64, 8, 128), _Form(32, 32, 4)
+# of few entries narrow ones make more programs, which wait for memory side by side. With 128
+# registers two programs share a multiprocessor.
+WIDE, NARROW = _Form(128, 32, 64, 8, 128), _Form(32, 32, 64, 8, 128)
+SINGLE = _Form(32, 32, 32, 4)
 # Entries from which on tiles are wide, and the largest heads whose sums such a program can hold.
 WIDE_FROM = 512
 WIDEST_HEAD = 256
 
 
-def _form(part: CodedPart, dtype: torch.dtype, size: int) -> _Form:
+def _form(parts: Sequence[CodedPart], dtype: torch.dtype, size: int) -> _Form:
     if dtype == torch.float32:
         return SINGLE
-    wide = part.records.shape[1] >= WIDE_FROM and size <= WIDEST_HEAD
+    wide = max(part.records.shape[1] for part in parts) >= WIDE_FROM and size <= WIDEST_HEAD
     return WIDE if wide else NARROW
 
 
+def _together(coded: Sequence[CodedPart]) -> list[Sequence[CodedPart]]:
+    """What is read in one launch: records, and with them finer ones of the same tables."""
+    return [coded] if len(coded) == 2 and _is_finer(coded[1], coded[0]) else [[p] for p in coded]
+
+
+def _is_finer(fine: CodedPart, part: CodedPart) -> bool:
+    """Whether one is read by the other's tables, which end earlier."""
+    same = ("offsets", "keys", "values", "half_gain", "gain_steps")
+    return (
+        all(getattr(fine.tables, name) is getattr(part.tables, name) for name in same)
+        and (fine.tables.log_weight is None) == (part.tables.log_weight is None)
+        and fine.cos.stride(1) == part.cos.stride(1)
+        and fine.tables.record_bytes >= part.tables.record_bytes
+    )
+
+
 def _coded(
-    part: CodedPart,
-    form: _Form,
+    parts: Sequence[CodedPart],
     asked: tuple[torch.Tensor, ...],
     asked_strides: tuple[int, ...],
     partial: tuple[torch.Tensor, ...],
-    tiles: int,
     kv_heads: int,
     numbers: tuple[int, int, float],
     shared: dict[str, Any],
 ) -> None:
-    """Runs the tiles of one coded part."""
+    """Runs the tiles of coded parts that share their tables, the finer part last."""
+    form = _form(parts, asked[0].dtype, asked[0].shape[2])
+    part, fine = parts[0], parts[-1]
+    of_each = [triton.cdiv(one.records.shape[1], form.tile) for one in parts]
+    tiles, fine_tiles = sum(of_each), sum(of_each[1:])
     query, half = asked[0], shared["F"]
     tables, keys, values = part.tables, part.tables.keys, part.tables.values
     if keys.blocks != values.blocks:
@@ -229,31 +251,54 @@ def _coded(
     share = kv_heads // keys.blocks
     heads = min(triton.next_power_of_2(share), max(1, MOST_COLUMNS // (2 * half)))
     heads = max(heads, LEAST // half)
-    log_weight = tables.log_weight
     # Codes are small numbers that float16 holds more finely than bfloat16.
     single = query.dtype == torch.float32
     books = codebooks_on(query.device, torch.float32 if single else torch.float16)
-    kernels.coded_tiles[tiles, keys.blocks * triton.cdiv(share, heads), query.shape[0]](
-        *asked, part.records, tables.offsets, books, *_tensors(keys), *_tensors(values),
-        tables.offsets if log_weight is None else log_weight,
-        part.cos, part.sin, part.valid.view(torch.uint8),
-        *partial, *asked_strides, *part.records.stride()[:2], tables.record_bytes,
-        _row_stride(tables.offsets), tables.offsets.stride(1), *_numbers(keys), *_numbers(values),
-        0 if log_weight is None else _row_stride(log_weight),
-        _row_stride(part.cos), part.cos.stride(1), _row_stride(part.valid),
-        part.records.shape[1], *numbers[:2], keys.blocks, numbers[2], **shared,
+    rows, count = query.shape[:2]
+    # What each tile leaves of each query head: maximum, sum of weights, sum of weights times gains,
+    # and means of channels.
+    left = torch.empty(3, rows, count, tiles, dtype=torch.float32, device=query.device)
+    v_groups = max(triton.next_power_of_2(values.channels // 8), form.value_chunk // 8)
+    means = left.new_empty(rows, count, tiles, 8 * v_groups, dtype=books.dtype)
+    of_keys, of_values = _tensors(keys), _tensors(values)
+    kinds: dict[str, Any] = {
+        "PACKED": shared["PACKED"], "WHOLE": keys.basis.dtype == values.basis.dtype == torch.int8,
+    }  # fmt: skip
+    code_kind = tl.float32 if single else tl.float16
+    kernels.coded_tiles[tiles, keys.blocks * triton.cdiv(share, heads), rows](
+        *asked, part.records, tables.offsets, books, *of_keys,
+        *_placed(part), fine.records, *_placed(fine), *left, means, *asked_strides,
+        *part.records.stride()[:2], tables.record_bytes, *fine.records.stride()[:2],
+        fine.tables.record_bytes,
+        _row_stride(tables.offsets), tables.offsets.stride(1), *_numbers(keys),
+        values.gain_start, values.gain_stride, values.channels,
+        _log_row(part), _row_stride(part.cos), part.cos.stride(1), _row_stride(part.valid),
+        part.records.shape[1], _log_row(fine), _row_stride(fine.cos), _row_stride(fine.valid),
+        fine.records.shape[1], fine_tiles, tiles, keys.blocks, numbers[2],
+        H=count, G=shared["G"], F=half, **kinds,
+        KEY_KIND=tl.float16 if query.dtype == torch.bfloat16 else tl.float32,
         P=_padded(heads * shared["G"]), TILE=form.tile, CHUNK=form.chunk,
-        K_GROUPS=triton.next_power_of_2(keys.channels // 8),
-        V_GROUPS=triton.next_power_of_2(values.channels // 8),
+        V_CHUNK=form.value_chunk,
+        K_USED=keys.channels // 8, K_GROUPS=triton.next_power_of_2(keys.channels // 8),
+        V_GROUPS=v_groups,
         STAGES=tables.offsets.shape[1], SHARE=share, HEADS=heads,
         K_CHOSEN=keys.rows is not None, K_WEIGHTED=keys.weight is not None,
-        V_CHOSEN=values.rows is not None, V_WEIGHTED=values.weight is not None,
-        BIASED=log_weight is not None, HALF=tables.half_gain, STEPS=tables.gain_steps,
-        CODE_KIND=tl.float32 if single else tl.float16,
-        WHOLE=keys.basis.dtype == values.basis.dtype == torch.int8,
-        FENCED=shared["PACKED"] and _has_own_readers(query.device),
+        BIASED=tables.log_weight is not None, HALF=tables.half_gain, STEPS=tables.gain_steps,
+        CODE_KIND=code_kind, FENCED=shared["PACKED"] and _has_own_readers(query.device),
         num_warps=form.warps, num_stages=1,
         **({"maxnreg": form.registers} if form.registers else {}),
+    )  # fmt: skip
+    columns = 2 * half
+    while columns > PROJECTED_COLUMNS and rows * count * (2 * half // columns) < PROJECTING:
+        columns //= 2
+    kernels.projected[2 * half // columns, count, rows](
+        *left, means, tables.offsets, *of_values, *partial,
+        fine.tables.record_bytes, _row_stride(tables.offsets), keys.blocks * keys.channels // 8,
+        *_numbers(values), tiles, *numbers[:2],
+        H=count, G=shared["G"], F=half, SHARE=share, COLUMNS=columns,
+        TILES=min(PROJECTED_TILES, triton.next_power_of_2(tiles)), GROUPS=v_groups,
+        CHOSEN=values.rows is not None, WEIGHTED=values.weight is not None, KIND=code_kind,
+        **kinds,
     )  # fmt: skip
 
 
@@ -289,6 +334,18 @@ def _numbers(side: Projection) -> tuple[int, ...]:
     for part in (side.scale, side.deviation, side.mean, side.rows, side.weight):
         strides += [0, 0] if part is None else [_row_stride(part), part.stride(1)]
     return (*strides, side.gain_start, side.gain_stride, side.channels)
+
+
+def _placed(part: CodedPart) -> tuple[torch.Tensor, ...]:
+    """Weights, positions and validity of a part; something for weights that there are not."""
+    weight = part.tables.log_weight
+    weight = part.cos if weight is None else weight
+    return weight, part.cos, part.sin, part.valid.view(torch.uint8)
+
+
+def _log_row(part: CodedPart) -> int:
+    """Elements from one row's weights to the next."""
+    return 0 if part.tables.log_weight is None else _row_stride(part.tables.log_weight)
 
 
 def _row_stride(tensor: torch.Tensor) -> int:

@@ -39,58 +39,41 @@ def _offsets(offsets, stage, group, some, record_bytes, offset_stage):
 
 
 @triton.jit
-def _codes(records, at_record, offset):
-    """Codes ``[TILE, WIDTH]`` at those bytes."""
-    at = at_record[:, None] + offset[None, :]
-    return tl.load(records + at, mask=(offset >= 0)[None, :], other=0)
+def _codes(record, offset):
+    """Codes ``[WIDTH, TILE]`` at those bytes; any where there is none.
+
+    Groups come first: they lie side by side in a warp then, and the bytes of few records are read
+    at once.
+    """
+    return tl.load(record[None, :] + tl.maximum(offset, 0)[:, None])
 
 
 @triton.jit
 def _words(books, code, offset, stage):
-    """Codewords ``[TILE, WIDTH, 8]`` of a stage, zeros where there is no code."""
-    word = ((stage * 256 + code.to(tl.int32)) * 8)[:, :, None] + tl.arange(0, 8)[None, None, :]
-    return tl.load(books + word, mask=(offset >= 0)[None, :, None], other=0.0)
+    """Codewords ``[WIDTH, TILE, 8]`` of a stage, the first one where there is no code."""
+    known = code.to(tl.int32) & tl.where(offset >= 0, 255, 0)[:, None]
+    word = (known * 8)[:, :, None] + tl.arange(0, 8)[None, None, :]
+    return tl.load(books + stage * (256 * 8) + word)
 
 
 @triton.jit
-def _channels(
-    records, offsets, books, at_record, group, some, deep, deeper, record_bytes, offset_stage,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    """Sums ``[TILE, WIDTH, 8]`` of the codewords of all stages.
+def _there(offset, KIND: tl.constexpr):
+    """What codewords count ``[WIDTH, 1, 1]``: one, or nothing where there is no code.
 
-    Written in the order in which loads should leave: what does not follow from another load waits
-    for memory together. Few groups have more than two stages; ``deep`` and
-    ``deeper`` say whether any here has more than two, or three.
+    Cheaper than loads under masks, which take a predicate and zeros each.
     """
-    first = _offsets(offsets, 0, group, some, record_bytes, offset_stage)
-    if STAGES > 1:
-        second = _offsets(offsets, 1, group, some, record_bytes, offset_stage)
-        code = _codes(records, at_record, first)
-        other = _codes(records, at_record, second)
-        total = _words(books, code, first, 0) + _words(books, other, second, 1)
-    else:
-        total = _words(books, _codes(records, at_record, first), first, 0)
-    if STAGES > 2:  # noqa: SIM102, which of the two the compiler decides
-        if deep:
-            third = _offsets(offsets, 2, group, some, record_bytes, offset_stage)
-            total += _words(books, _codes(records, at_record, third), third, 2)
-            if STAGES > 3:  # noqa: SIM102
-                if deeper:
-                    fourth = _offsets(offsets, 3, group, some, record_bytes, offset_stage)
-                    code_4 = _codes(records, at_record, fourth)
-                    if STAGES > 4:
-                        fifth = _offsets(offsets, 4, group, some, record_bytes, offset_stage)
-                        code_5 = _codes(records, at_record, fifth)
-                    if STAGES > 5:
-                        sixth = _offsets(offsets, 5, group, some, record_bytes, offset_stage)
-                        code_6 = _codes(records, at_record, sixth)
-                    total += _words(books, code_4, fourth, 3)
-                    if STAGES > 4:
-                        total += _words(books, code_5, fifth, 4)
-                    if STAGES > 5:
-                        total += _words(books, code_6, sixth, 5)
-    return total
+    return tl.where(offset >= 0, 1.0, 0.0).to(KIND)[:, None, None]
+
+
+@triton.jit
+def _deeper(
+    record, offsets, books, stage, start, groups, record_bytes, offset_stage,
+    CHUNK: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """Codewords ``[WIDTH, TILE, 8]`` of a stage that few groups have, zeros for the others."""
+    group = start + tl.arange(0, CHUNK // 8)
+    offset = _offsets(offsets, stage, group, group < groups, record_bytes, offset_stage)
+    return _words(books, _codes(record, offset), offset, stage) * _there(offset, KIND)
 
 
 @triton.jit
@@ -118,46 +101,79 @@ def _numbers(b, KIND: tl.constexpr, PACKED: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _chunk(
-    records, offsets, books, at_record, start, groups, deep, deeper, record_bytes, offset_stage,
-    basis, scale, deviation, rows, column, basis_channel, F: tl.constexpr,
-    CHUNK: tl.constexpr, STAGES: tl.constexpr, TILE: tl.constexpr, CHOSEN: tl.constexpr,
-    KIND: tl.constexpr, PACKED: tl.constexpr, WHOLE: tl.constexpr,
+def _ahead(
+    record, offsets, start, groups, record_bytes, offset_stage, CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Some channels of a block: of entries ``[TILE, CHUNK]``, scaled; and both halves of their
-    directions ``[CHUNK, HEADS * F]``.
+    """Where the codes of a chunk's first stages lie ``[WIDTH]``, and they ``[WIDTH, TILE]``.
+
+    Read while the chunk before is worked on: no codeword waits for them then.
     """
-    c = start * 8 + tl.arange(0, CHUNK)
-    inside = c < groups * 8
-    # What lies behind the last group has no codes, and any direction will do.
-    which = tl.where(inside, c, 0)
-    if CHOSEN:
-        which = tl.load(rows + c, mask=inside, other=0).to(tl.int32)
-    at = basis + which[:, None] * basis_channel + column[None, :]
-    b1 = tl.load(at)
-    b2 = tl.load(at + F)
     group = start + tl.arange(0, CHUNK // 8)
-    c = group[:, None] * 8 + tl.arange(0, 8)[None, :]
-    inside = (group < groups)[:, None]
-    which = tl.where(inside, c, 0)
-    if CHOSEN:
-        which = tl.load(rows + c, mask=inside, other=0).to(tl.int32)
-    factor = tl.load(deviation + c, mask=inside, other=0.0).to(tl.float32)
-    factor *= tl.load(scale + which).to(tl.float32)
-    coded = _channels(
-        records, offsets, books, at_record, group, group < groups, start < deep,
-        start < deeper, record_bytes, offset_stage, STAGES,
-    )  # fmt: skip
-    coded = _fixed(tl.reshape(coded * factor.to(KIND)[None, :, :], [TILE, CHUNK]), PACKED)
-    return coded, _numbers(b1, KIND, PACKED, WHOLE), _numbers(b2, KIND, PACKED, WHOLE)
+    first = _offsets(offsets, 0, group, group < groups, record_bytes, offset_stage)
+    second = first
+    if STAGES > 1:
+        second = _offsets(offsets, 1, group, group < groups, record_bytes, offset_stage)
+    code_1 = _codes(record, first)
+    code_2 = code_1
+    if STAGES > 1:
+        code_2 = _codes(record, second)
+    return first, second, code_1, code_2
 
 
 @triton.jit
-def _gain(records, at_record, start, HALF: tl.constexpr, STEPS: tl.constexpr):
+def _chunk(
+    record, offsets, books, start, groups, deep, deeper, record_bytes, offset_stage,
+    first, second, code_1, code_2, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+    TILE: tl.constexpr, KIND: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Sums ``[TILE, CHUNK]`` of the codewords of all stages, for some channels of a block.
+
+    Few groups have more than two stages; ``deep`` and ``deeper`` say up to where any has more than
+    two, or three. What they add comes first: a sum that ends in a branch has the compiler change
+    its layout in the branch, once for each product that reads it.
+    """
+    word_1 = _words(books, code_1, first, 0)
+    word_2 = word_1
+    if STAGES > 1:
+        word_2 = _words(books, code_2, second, 1)
+    total = tl.zeros([CHUNK // 8, TILE, 8], dtype=KIND)
+    if STAGES > 2:  # noqa: SIM102, which of the two the compiler decides
+        if start < deep:
+            for stage in range(2, tl.where(start < deeper, STAGES, 3)):
+                total += _deeper(
+                    record, offsets, books, stage, start, groups, record_bytes, offset_stage,
+                    CHUNK, KIND,
+                )  # fmt: skip
+    total += word_1 * _there(first, KIND)
+    if STAGES > 1:
+        total += word_2 * _there(second, KIND)
+    total = tl.reshape(tl.permute(total, (1, 0, 2)), [TILE, CHUNK])
+    return _fixed(total, PACKED)
+
+
+@triton.jit
+def _followed(rows, c, channels, CHOSEN: tl.constexpr):
+    """Which directions channels follow; any behind the last one, which has no codes."""
+    which = tl.where(c < channels, c, 0)
+    if CHOSEN:
+        which = tl.load(rows + which).to(tl.int32)
+    return which
+
+
+@triton.jit
+def _factor(scale, deviation, c, which, channels):
+    """What a direction is multiplied with for each channel."""
+    factor = tl.load(deviation + tl.where(c < channels, c, 0)).to(tl.float32)
+    return factor * tl.load(scale + which).to(tl.float32)
+
+
+@triton.jit
+def _gain(record, start, HALF: tl.constexpr, STEPS: tl.constexpr):
     """Gains ``[TILE]``."""
-    low = tl.load(records + at_record + start)
+    low = tl.load(record + start)
     if HALF:
-        high = tl.load(records + at_record + start + 1)
+        high = tl.load(record + start + 1)
         bits = low.to(tl.uint16) | (high.to(tl.uint16) << 8)
         return bits.to(tl.float16, bitcast=True).to(tl.float32)
     return tl.exp2((low.to(tl.float32) - 128.0) / STEPS)
@@ -175,7 +191,8 @@ def _inverse(x, PACKED: tl.constexpr):
 
 @triton.jit
 def _centre(
-    mean, weight, column, F: tl.constexpr, WEIGHTED: tl.constexpr, PACKED: tl.constexpr
+    mean, weight, column, F: tl.constexpr, WEIGHTED: tl.constexpr, KIND: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """What both halves ``[HEADS * F]`` of a state are multiplied with, and their means."""
     w1 = tl.full(column.shape, 1.0, dtype=tl.float32)
@@ -183,6 +200,11 @@ def _centre(
     if WEIGHTED:
         w1 = _inverse(tl.load(weight + column).to(tl.float32), PACKED)
         w2 = _inverse(tl.load(weight + column + F).to(tl.float32), PACKED)
-    m1 = tl.load(mean + column).to(tl.float32)
-    m2 = tl.load(mean + column + F).to(tl.float32)
-    return w1, w2, m1, m2
+    m1 = tl.load(mean + column)
+    m2 = tl.load(mean + column + F)
+    return (
+        _fixed(w1.to(KIND), PACKED),
+        _fixed(w2.to(KIND), PACKED),
+        _fixed(m1.to(KIND), PACKED),
+        _fixed(m2.to(KIND), PACKED),
+    )

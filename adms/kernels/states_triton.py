@@ -18,30 +18,12 @@ from adms.compressors.tables import CodeTables, Projection
 from adms.entries import TokenShape
 from adms.kernels.choice import launching
 from adms.kernels.decode_attention_triton import _numbers, _row_stride, _tensors
-from adms.kernels.lookup import _channels, _gain, _reach
+from adms.kernels.lookup import _ahead, _chunk, _factor, _followed, _gain, _reach
 
 # Records of a program, coded channels that are looked up at a time, least extent of a product.
 TILE = 32
 CHUNK = 32
 LEAST = 16
-
-
-@triton.jit
-def _directions(
-    basis, scale, deviation, rows, row, block, c, inside,
-    basis_row, basis_block, basis_channel, scale_row, scale_block, deviation_row, deviation_block,
-    rows_row, rows_block, CHOSEN: tl.constexpr,
-):  # fmt: skip
-    """Where the directions of channels ``c [CHUNK]`` start, and their factors."""
-    which = c
-    if CHOSEN:
-        at = rows + row * rows_row + block * rows_block + c
-        which = tl.load(at, mask=inside, other=0).to(tl.int32)
-    at = deviation + row * deviation_row + block * deviation_block + c
-    factor = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    at = scale + row * scale_row + block * scale_block + which
-    factor *= tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    return basis + row * basis_row + block * basis_block + which * basis_channel, factor
 
 
 @triton.jit
@@ -61,13 +43,14 @@ def coded_states(
     held = n < count
     # Behind the last record stands the last one again, which is not written.
     n = tl.minimum(n, count - 1)
-    at_record = n * r_entry
-    records += row * r_row
+    record = records + row * r_row + n * r_entry
     # Rows of several layers lie one layer after the other, each layer with a basis.
     layer = row // rows_each
-    basis += layer * basis_row
-    scale += layer * scale_row
-    weight += layer * weight_row
+    basis += layer * basis_row + block * basis_block
+    scale += layer * scale_row + block * scale_block
+    weight += layer * weight_row + block * weight_block
+    deviation += row * deviation_row + block * deviation_block
+    rows += row * rows_row + block * rows_block
     groups = channels // 8
     offsets += row * offset_row + first_group + block * groups
     j = tl.arange(0, COLUMNS)
@@ -79,29 +62,29 @@ def coded_states(
         deep = _reach(offsets, 2, record_bytes, offset_stage, groups, GROUPS)
     if STAGES > 3:
         deeper = _reach(offsets, 3, record_bytes, offset_stage, groups, GROUPS)
+    first, second, code_1, code_2 = _ahead(
+        record, offsets, 0, groups, record_bytes, offset_stage, CHUNK, STAGES
+    )
     for start in range(0, used, CHUNK // 8):
+        coming = _ahead(
+            record, offsets, start + CHUNK // 8, groups, record_bytes, offset_stage, CHUNK, STAGES
+        )
         c = start * 8 + tl.arange(0, CHUNK)
-        inside = c < channels
-        starts, factor = _directions(
-            basis, scale, deviation, rows, row, block, c, inside, 0, basis_block,
-            basis_channel, 0, scale_block, deviation_row, deviation_block, rows_row,
-            rows_block, CHOSEN,
+        which = _followed(rows, c, channels, CHOSEN)
+        factor = _factor(scale, deviation, c, which, channels)
+        at = basis + which[:, None] * basis_channel + j[None, :]
+        directions = tl.load(at, mask=there[None, :], other=0)
+        coded = _chunk(
+            record, offsets, books, start, groups, deep, deeper, record_bytes, offset_stage,
+            first, second, code_1, code_2, CHUNK, STAGES, TILE, CODE_KIND, False,
         )  # fmt: skip
-        mask = inside[:, None] & there[None, :]
-        directions = tl.load(starts[:, None] + j[None, :], mask=mask, other=0)
-        group = start + tl.arange(0, CHUNK // 8)
-        coded = _channels(
-            records, offsets, books, at_record, group, group < groups, start < deep,
-            start < deeper, record_bytes, offset_stage, STAGES,
-        )  # fmt: skip
-        coded = tl.reshape(coded, [TILE, CHUNK]).to(tl.float32) * factor[None, :]
-        coded = coded.to(CODE_KIND)
+        coded = (coded.to(tl.float32) * factor[None, :]).to(CODE_KIND)
         states = tl.dot(coded, directions.to(CODE_KIND), states, input_precision="ieee")
-    gain = _gain(records, at_record, gain_start + block * gain_block, HALF, STEPS)
+        first, second, code_1, code_2 = coming
+    gain = _gain(record, gain_start + block * gain_block, HALF, STEPS)
     states *= gain[:, None]
     if WEIGHTED:
-        at = weight + block * weight_block + j
-        states /= tl.load(at, mask=there, other=1.0).to(tl.float32)[None, :]
+        states /= tl.load(weight + j, mask=there, other=1.0).to(tl.float32)[None, :]
     at = mean + row * mean_row + block * mean_block + j
     states += tl.load(at, mask=there, other=0.0).to(tl.float32)[None, :]
     at = row * o_row + (block * SHARE + j // SIZE)[None, :] * o_head + n[:, None] * o_entry

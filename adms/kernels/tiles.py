@@ -2,9 +2,10 @@
 
 Entries are split into tiles; a program works on one tile for the query heads of one KV head, or of
 one block of KV heads that share a code, and writes its maximum, its sum and its weighted values
-(flash-decoding). Codes are looked up once for all heads of a block, projected and rotated in
-registers; values of codes are summed as channels and the sums projected. What all tiles leave is of
-one form, and ``merge`` adds it up.
+(flash-decoding). Codes are looked up once for all heads of a block, keys projected and rotated in
+registers, in float16 for a model in bfloat16, which would round them eight times as coarsely.
+Values of codes are summed as channels, and ``projected`` adds these sums up over tiles before it
+projects them. What is left is of one form, and ``merge`` adds it up.
 
 Shapes: ``B`` rows, ``H`` query heads, ``K`` KV heads, ``G = H / K``, ``P`` queries of a program
 padded for a matrix product, ``F`` half of the head size, ``T`` tiles of all parts. Names with
@@ -16,7 +17,17 @@ Source: Dao et al. (2023), Flash-Decoding, for the split over entries; differs i
 import triton
 import triton.language as tl
 
-from adms.kernels.lookup import _centre, _chunk, _fixed, _gain, _reach
+from adms.kernels.lookup import (
+    _ahead,
+    _centre,
+    _chunk,
+    _factor,
+    _fixed,
+    _followed,
+    _gain,
+    _numbers,
+    _reach,
+)
 
 
 @triton.jit
@@ -56,20 +67,20 @@ def _queries(
 
 
 @triton.jit
-def _scores(
-    q1, q2, k1, k2, cos, sin, n, row, t_row, t_entry, scaling,
-    F: tl.constexpr, HEADS: tl.constexpr, KIND: tl.constexpr, PACKED: tl.constexpr,
+def _rotated(
+    k1, k2, cos, sin, n, t_entry, F: tl.constexpr, HEADS: tl.constexpr, KIND: tl.constexpr
 ):  # fmt: skip
-    """Scores ``[P, TILE]`` of queries and keys ``[TILE, HEADS * F]`` that are rotated here."""
-    d = tl.arange(0, HEADS * F) % F
-    at = n[:, None] * t_entry + d[None, :]
-    c = tl.load(cos + row * t_row + at).to(tl.float32)
-    s = tl.load(sin + row * t_row + at).to(tl.float32)
-    r1 = _fixed((k1 * c - k2 * s).to(KIND), PACKED)
-    r2 = _fixed((k2 * c + k1 * s).to(KIND), PACKED)
-    score = tl.dot(q1.to(KIND), tl.trans(r1), input_precision="ieee")
-    score = tl.dot(q2.to(KIND), tl.trans(r2), score, input_precision="ieee")
-    return score * scaling
+    """Both halves of keys ``[TILE, HEADS * F]`` at their positions, worked out as keys are held."""
+    TILE: tl.constexpr = k1.shape[0]
+    at = n[:, None] * t_entry + tl.arange(0, F)[None, :]
+    # All heads turn alike.
+    c = tl.load(cos + at).to(k1.dtype)[:, None, :]
+    s = tl.load(sin + at).to(k1.dtype)[:, None, :]
+    k1 = tl.reshape(k1, [TILE, HEADS, F])
+    k2 = tl.reshape(k2, [TILE, HEADS, F])
+    r1 = tl.reshape((k1 * c - k2 * s).to(KIND), [TILE, HEADS * F])
+    r2 = tl.reshape((k2 * c + k1 * s).to(KIND), [TILE, HEADS * F])
+    return r1, r2
 
 
 @triton.jit
@@ -107,9 +118,10 @@ def exact_tiles(
     e = tl.arange(0, 2 * F)
     at = values + row * v_row + kv * v_head + n[:, None] * v_entry + e[None, :]
     value = tl.load(at, mask=held[:, None], other=0.0)
-    score = _scores(
-        q1, q2, k1, k2, cos, sin, n, row, t_row, t_entry, scaling, F, HEADS, KIND, PACKED
-    )
+    r1, r2 = _rotated(k1, k2, cos + row * t_row, sin + row * t_row, n, t_entry, F, HEADS, KIND)
+    score = tl.dot(q1.to(KIND), tl.trans(_fixed(r1, PACKED)), input_precision="ieee")
+    score = tl.dot(q2.to(KIND), tl.trans(_fixed(r2, PACKED)), score, input_precision="ieee")
+    score *= scaling
     if BIASED:
         at = bias + row * b_row + kv * b_head + n
         score += tl.load(at, mask=held, other=0.0).to(tl.float32)[None, :]
@@ -130,27 +142,42 @@ def exact_tiles(
 def coded_tiles(
     query, q_cos, q_sin, records, offsets, books,
     k_basis, k_scale, k_deviation, k_mean, k_rows, k_weight,
-    v_basis, v_scale, v_deviation, v_mean, v_rows, v_weight,
-    log_weight, cos, sin, valid, maxima, sums, totals,
-    q_row, q_head, qt_row, r_row, r_entry, record_bytes, offset_row, offset_stage,
+    log_weight, cos, sin, valid, f_records, f_log_weight, f_cos, f_sin, f_valid,
+    maxima, sums, sizes, means,
+    q_row, q_head, qt_row, r_row, r_entry, record_bytes, f_row, f_entry, f_bytes,
+    offset_row, offset_stage,
     k_basis_row, k_basis_block, k_basis_channel, k_scale_row, k_scale_block, k_deviation_row,
     k_deviation_block, k_mean_row, k_mean_block, k_rows_row, k_rows_block, k_weight_row,
     k_weight_block, k_gain, k_gain_block, k_channels,
-    v_basis_row, v_basis_block, v_basis_channel, v_scale_row, v_scale_block, v_deviation_row,
-    v_deviation_block, v_mean_row, v_mean_block, v_rows_row, v_rows_block, v_weight_row,
-    v_weight_block, v_gain, v_gain_block, v_channels, log_row,
-    t_row, t_entry, valid_row, count, first_tile, tiles, blocks,
-    scaling,
+    v_gain, v_gain_block, v_channels, log_row, t_row, t_entry, valid_row, count,
+    f_log_row, ft_row, f_valid_row, f_count, f_tiles, tiles, blocks, scaling,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr,
-    CHUNK: tl.constexpr, STAGES: tl.constexpr, SHARE: tl.constexpr, HEADS: tl.constexpr,
-    K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
-    K_CHOSEN: tl.constexpr, K_WEIGHTED: tl.constexpr, V_CHOSEN: tl.constexpr,
-    V_WEIGHTED: tl.constexpr, BIASED: tl.constexpr, HALF: tl.constexpr, STEPS: tl.constexpr,
-    KIND: tl.constexpr, CODE_KIND: tl.constexpr, PACKED: tl.constexpr,
-    WHOLE: tl.constexpr, FENCED: tl.constexpr,
+    CHUNK: tl.constexpr, V_CHUNK: tl.constexpr, STAGES: tl.constexpr, SHARE: tl.constexpr,
+    HEADS: tl.constexpr, K_GROUPS: tl.constexpr, K_USED: tl.constexpr, V_GROUPS: tl.constexpr,
+    K_CHOSEN: tl.constexpr, K_WEIGHTED: tl.constexpr, BIASED: tl.constexpr,
+    HALF: tl.constexpr, STEPS: tl.constexpr, KEY_KIND: tl.constexpr, CODE_KIND: tl.constexpr,
+    PACKED: tl.constexpr, WHOLE: tl.constexpr, FENCED: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of codes; a program for ``HEADS`` of the ``SHARE`` KV heads of a block."""
+    """Tiles of codes; a program for ``HEADS`` of the ``SHARE`` KV heads of a block.
+
+    The first ``f_tiles`` are of finer records, which go on where the others end.
+
+    Of values it leaves the weighted means of channels before scaling, and ``sizes``, the sums of
+    their weights.
+    """
     tile, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    place = tile
+    # What a tile leaves of values goes as far as any goes.
+    most_bytes = tl.maximum(record_bytes, f_bytes)
+    fine = tile < f_tiles
+    if fine:
+        records, log_weight, valid, cos, sin = f_records, f_log_weight, f_valid, f_cos, f_sin
+    # Selected each, for some may be known when the kernel is compiled and others not.
+    tile = tl.where(fine, tile, tile - f_tiles)
+    r_row, r_entry = tl.where(fine, f_row, r_row), tl.where(fine, f_entry, r_entry)
+    record_bytes, count = tl.where(fine, f_bytes, record_bytes), tl.where(fine, f_count, count)
+    log_row, valid_row = tl.where(fine, f_log_row, log_row), tl.where(fine, f_valid_row, valid_row)
+    t_row = tl.where(fine, ft_row, t_row)
     pieces: tl.constexpr = (SHARE + HEADS - 1) // HEADS
     block = tl.program_id(1) // pieces
     head = tl.program_id(1) % pieces * HEADS
@@ -160,46 +187,70 @@ def coded_tiles(
     held = n < count
     # Behind the last entry stands the last one again, which is not shown.
     n = tl.minimum(n, count - 1)
-    at_record = n * r_entry
-    records += row * r_row
+    record = records + row * r_row + n * r_entry
     k_offsets = offsets + row * offset_row + block * (k_channels // 8)
     v_offsets = offsets + row * offset_row + (blocks * k_channels + block * v_channels) // 8
     # Columns of the basis: the first half of every head of the program; the second lies F behind.
     j = tl.arange(0, HEADS * F)
     column = tl.minimum(head + j // F, SHARE - 1) * 2 * F + j % F
-    k1 = tl.zeros([TILE, HEADS * F], dtype=tl.float32)
-    k2 = tl.zeros([TILE, HEADS * F], dtype=tl.float32)
-    used = _reach(k_offsets, 0, record_bytes, offset_stage, k_channels // 8, K_GROUPS)
+    k1 = tl.zeros([TILE, HEADS * F], dtype=KEY_KIND)
+    k2 = tl.zeros([TILE, HEADS * F], dtype=KEY_KIND)
     deep, deeper = 0, 0
     if STAGES > 2:
         deep = _reach(k_offsets, 2, record_bytes, offset_stage, k_channels // 8, K_GROUPS)
     if STAGES > 3:
         deeper = _reach(k_offsets, 3, record_bytes, offset_stage, k_channels // 8, K_GROUPS)
-    for start in range(0, used, CHUNK // 8):
-        coded, b1, b2 = _chunk(
-            records, k_offsets, books, at_record, start, k_channels // 8, deep, deeper,
-            record_bytes, offset_stage, k_basis + row * k_basis_row + block * k_basis_block,
-            k_scale + row * k_scale_row + block * k_scale_block,
-            k_deviation + row * k_deviation_row + block * k_deviation_block,
-            k_rows + row * k_rows_row + block * k_rows_block, column, k_basis_channel,
-            F, CHUNK, STAGES, TILE, K_CHOSEN, CODE_KIND, PACKED, WHOLE,
+    k_basis += row * k_basis_row + block * k_basis_block
+    k_scale += row * k_scale_row + block * k_scale_block
+    k_deviation += row * k_deviation_row + block * k_deviation_block
+    k_rows += row * k_rows_row + block * k_rows_block
+    c = tl.arange(0, CHUNK)
+    which = _followed(k_rows, c, k_channels, K_CHOSEN)
+    first, second, code_1, code_2 = _ahead(
+        record, k_offsets, 0, k_channels // 8, record_bytes, offset_stage, CHUNK, STAGES
+    )
+    # Unrolled, for sums in float16 are taken apart and put together at the ends of a loop.
+    for start in tl.static_range(0, K_USED, CHUNK // 8):
+        at = k_basis + which[:, None] * k_basis_channel + column[None, :]
+        b1 = tl.load(at)
+        b2 = tl.load(at + F)
+        factor = _factor(k_scale, k_deviation, start * 8 + c, which, k_channels)
+        which = _followed(k_rows, start * 8 + CHUNK + c, k_channels, K_CHOSEN)
+        coming = _ahead(
+            record, k_offsets, start + CHUNK // 8, k_channels // 8, record_bytes, offset_stage,
+            CHUNK, STAGES,
         )  # fmt: skip
+        coded = _chunk(
+            record, k_offsets, books, start, k_channels // 8, deep, deeper, record_bytes,
+            offset_stage, first, second, code_1, code_2, CHUNK, STAGES, TILE,
+            CODE_KIND, PACKED,
+        )  # fmt: skip
+        factor = factor.to(CODE_KIND)[:, None]
+        b1 = _fixed(_numbers(b1, CODE_KIND, PACKED, WHOLE) * factor, PACKED)
+        b2 = _fixed(_numbers(b2, CODE_KIND, PACKED, WHOLE) * factor, PACKED)
         _publish(FENCED)
-        k1 = tl.dot(coded, b1, k1, input_precision="ieee")
-        k2 = tl.dot(coded, b2, k2, input_precision="ieee")
+        k1 = tl.dot(coded, b1, k1, input_precision="ieee", out_dtype=KEY_KIND)
+        k2 = tl.dot(coded, b2, k2, input_precision="ieee", out_dtype=KEY_KIND)
+        first, second, code_1, code_2 = coming
     w1, w2, m1, m2 = _centre(
         k_mean + row * k_mean_row + block * k_mean_block,
-        k_weight + row * k_weight_row + block * k_weight_block, column, F, K_WEIGHTED, PACKED,
+        k_weight + row * k_weight_row + block * k_weight_block, column, F, K_WEIGHTED, KEY_KIND,
+        PACKED,
     )  # fmt: skip
-    gain = _gain(records, at_record, k_gain + block * k_gain_block, HALF, STEPS)
-    k1 = k1 * gain[:, None] * w1[None, :] + m1[None, :]
-    k2 = k2 * gain[:, None] * w2[None, :] + m2[None, :]
+    gain = _gain(record, k_gain + block * k_gain_block, HALF, STEPS).to(KEY_KIND)[:, None]
+    k1 = k1 * gain * w1[None, :] + m1[None, :]
+    k2 = k2 * gain * w2[None, :] + m2[None, :]
     q1, q2 = _queries(
         query, q_cos, q_sin, row, kv, own_heads, q_row, q_head, qt_row, G, P, F, HEADS, PACKED
     )
-    score = _scores(
-        q1, q2, k1, k2, cos, sin, n, row, t_row, t_entry, scaling, F, HEADS, KIND, PACKED
-    )
+    q1, q2 = _fixed(q1.to(CODE_KIND), PACKED), _fixed(q2.to(CODE_KIND), PACKED)
+    r1, r2 = _rotated(k1, k2, cos + row * t_row, sin + row * t_row, n, t_entry, F, HEADS, CODE_KIND)
+    # Keys come first: what a product leaves is what the next one takes as its first operand, where
+    # it lies.
+    _publish(FENCED)
+    score = tl.dot(r1, tl.trans(q1), input_precision="ieee")
+    score = tl.dot(r2, tl.trans(q2), score, input_precision="ieee")
+    score = tl.trans(score) * scaling
     g = tl.arange(0, P)
     own = g < own_heads * G
     if BIASED:
@@ -207,44 +258,102 @@ def coded_tiles(
         score += tl.load(at, mask=own, other=0.0).to(tl.float32)[:, None]
     shown = held & (tl.load(valid + row * valid_row + n) != 0)
     most, total, weight = _weights(score, shown)
-    gain = _gain(records, at_record, v_gain + block * v_gain_block, HALF, STEPS)
+    gain = _gain(record, v_gain + block * v_gain_block, HALF, STEPS)
     # What is not read may decode to anything, and nothing times NaN is NaN.
     weight = tl.where(shown[None, :], weight * gain[None, :], 0.0)
     # Means of channels are as small as channels are, which sums need not be.
     size = tl.sum(weight, axis=1)
+    out = (row * H + kv * G + g) * tiles + place
+    tl.store(maxima + out, most, mask=own)
+    tl.store(sums + out, total, mask=own)
+    tl.store(sizes + out, size, mask=own)
     weight = (weight / tl.where(size > 0, size, 1.0)[:, None]).to(CODE_KIND)
-    v1 = tl.zeros([P, HEADS * F], dtype=tl.float32)
-    v2 = tl.zeros([P, HEADS * F], dtype=tl.float32)
-    used = _reach(v_offsets, 0, record_bytes, offset_stage, v_channels // 8, V_GROUPS)
+    used = _reach(v_offsets, 0, most_bytes, offset_stage, v_channels // 8, V_GROUPS)
     if STAGES > 2:
         deep = _reach(v_offsets, 2, record_bytes, offset_stage, v_channels // 8, V_GROUPS)
     if STAGES > 3:
         deeper = _reach(v_offsets, 3, record_bytes, offset_stage, v_channels // 8, V_GROUPS)
-    for start in range(0, used, CHUNK // 8):
-        coded, b1, b2 = _chunk(
-            records, v_offsets, books, at_record, start, v_channels // 8, deep, deeper,
-            record_bytes, offset_stage, v_basis + row * v_basis_row + block * v_basis_block,
-            v_scale + row * v_scale_row + block * v_scale_block,
-            v_deviation + row * v_deviation_row + block * v_deviation_block,
-            v_rows + row * v_rows_row + block * v_rows_block, column, v_basis_channel,
-            F, CHUNK, STAGES, TILE, V_CHOSEN, CODE_KIND, PACKED, WHOLE,
+    first, second, code_1, code_2 = _ahead(
+        record, v_offsets, 0, v_channels // 8, record_bytes, offset_stage, V_CHUNK, STAGES
+    )
+    for start in range(0, used, V_CHUNK // 8):
+        after = _ahead(
+            record, v_offsets, start + V_CHUNK // 8, v_channels // 8, record_bytes, offset_stage,
+            V_CHUNK, STAGES,
         )  # fmt: skip
-        mean = tl.dot(weight, coded, input_precision="ieee").to(CODE_KIND)
-        v1 = tl.dot(mean, b1, v1, input_precision="ieee")
-        v2 = tl.dot(mean, b2, v2, input_precision="ieee")
-    w1, w2, m1, m2 = _centre(
-        v_mean + row * v_mean_row + block * v_mean_block,
-        v_weight + row * v_weight_row + block * v_weight_block, column, F, V_WEIGHTED, PACKED,
+        summed = _chunk(
+            record, v_offsets, books, start, v_channels // 8, deep, deeper, record_bytes,
+            offset_stage, first, second, code_1, code_2, V_CHUNK, STAGES, TILE,
+            CODE_KIND, PACKED,
+        )  # fmt: skip
+        mean = tl.dot(weight, summed, input_precision="ieee").to(CODE_KIND)
+        channel = start * 8 + tl.arange(0, V_CHUNK)
+        into = means + out[:, None] * (8 * V_GROUPS) + channel[None, :]
+        tl.store(into, mean, mask=own[:, None])
+        first, second, code_1, code_2 = after
+
+
+@triton.jit
+def projected(
+    maxima, sums, sizes, means, offsets, basis, scale, deviation, mean, rows, weight,
+    to_maxima, to_sums, to_totals, record_bytes, offset_row, first_group,
+    basis_row, basis_block, basis_channel, scale_row, scale_block, deviation_row, deviation_block,
+    mean_row, mean_block, rows_row, rows_block, weight_row, weight_block, gain, gain_block,
+    channels, count, place, tiles,
+    H: tl.constexpr, G: tl.constexpr, F: tl.constexpr, SHARE: tl.constexpr,
+    COLUMNS: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr, CHOSEN: tl.constexpr,
+    WEIGHTED: tl.constexpr, KIND: tl.constexpr, PACKED: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """``COLUMNS`` of one query head's values, from the channels that tiles of codes left.
+
+    Directions are turned into numbers once for all tiles. What it leaves is of the form of a tile.
+    """
+    piece, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    block = head // G // SHARE
+    base = (row * H + head) * count
+    e = piece * COLUMNS + tl.arange(0, COLUMNS)
+    column = head // G % SHARE * 2 * F + e
+    c = tl.arange(0, 8 * GROUPS)
+    which = _followed(rows + row * rows_row + block * rows_block, c, channels, CHOSEN)
+    factor = _factor(
+        scale + row * scale_row + block * scale_block,
+        deviation + row * deviation_row + block * deviation_block, c, which, channels,
     )  # fmt: skip
-    v1 = v1 * size[:, None] * w1[None, :] + total[:, None] * m1[None, :]
-    v2 = v2 * size[:, None] * w2[None, :] + total[:, None] * m2[None, :]
-    out = (row * H + kv * G + g) * tiles + first_tile + tile
-    tl.store(maxima + out, most, mask=own)
-    tl.store(sums + out, total, mask=own)
-    mine = own[:, None] & (g[:, None] // G == j[None, :] // F)
-    at = totals + out[:, None] * (2 * F) + (j % F)[None, :]
-    tl.store(at, v1, mask=mine)
-    tl.store(at + F, v2, mask=mine)
+    basis += row * basis_row + block * basis_block
+    directions = tl.load(basis + which[:, None] * basis_channel + column[None, :])
+    offsets += row * offset_row + first_group + block * (channels // 8)
+    used = _reach(offsets, 0, record_bytes, 0, channels // 8, GROUPS)
+    t = tl.arange(0, TILES)
+    most = tl.full([TILES], float("-inf"), dtype=tl.float32)
+    for start in range(0, count, TILES):
+        at = maxima + base + start + t
+        most = tl.maximum(most, tl.load(at, mask=start + t < count, other=float("-inf")))
+    peak = tl.max(most, axis=0)
+    least = tl.where(peak == float("-inf"), 0.0, peak)
+    mass = tl.zeros([TILES], dtype=tl.float32)
+    summed = tl.zeros([8 * GROUPS], dtype=tl.float32)
+    for start in range(0, count, TILES):
+        there = start + t < count
+        at = base + start + t
+        counts = tl.exp(tl.load(maxima + at, mask=there, other=float("-inf")) - least)
+        mass += counts * tl.load(sums + at, mask=there, other=0.0)
+        own = counts * tl.load(sizes + at, mask=there, other=0.0)
+        found = tl.load(
+            means + at[:, None] * (8 * GROUPS) + c[None, :], mask=there[:, None], other=0.0
+        ).to(tl.float32)
+        summed += tl.sum(own[:, None] * found, axis=0)
+    # Tiles leave nothing of groups behind the last one with a code.
+    summed = tl.where(c < used * 8, summed * factor, 0.0)
+    directions = _numbers(directions, KIND, PACKED, WHOLE).to(tl.float32)
+    value = tl.sum(summed[:, None] * directions, axis=0)
+    if WEIGHTED:
+        value /= tl.load(weight + row * weight_row + block * weight_block + column).to(tl.float32)
+    total = tl.sum(mass, axis=0)
+    centre = tl.load(mean + row * mean_row + block * mean_block + column).to(tl.float32)
+    out = (row * H + head) * tiles + place
+    tl.store(to_maxima + out, peak)
+    tl.store(to_sums + out, total)
+    tl.store(to_totals + out * (2 * F) + e, value + total * centre)
 
 
 @triton.jit
