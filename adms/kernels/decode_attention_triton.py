@@ -216,9 +216,11 @@ def _together(coded: Sequence[CodedPart]) -> list[Sequence[CodedPart]]:
 
 def _is_finer(fine: CodedPart, part: CodedPart) -> bool:
     """Whether one is read by the other's tables, which end earlier."""
-    same = ("offsets", "keys", "values", "half_gain", "gain_steps")
+    same = ("offsets", "keys", "values")
     return (
         all(getattr(fine.tables, name) is getattr(part.tables, name) for name in same)
+        and fine.tables.half_gain == part.tables.half_gain
+        and fine.tables.gain_steps == part.tables.gain_steps
         and (fine.tables.log_weight is None) == (part.tables.log_weight is None)
         and fine.cos.stride(1) == part.cos.stride(1)
         and fine.tables.record_bytes >= part.tables.record_bytes
@@ -260,29 +262,31 @@ def _coded(
     left = torch.empty(3, rows, count, tiles, dtype=torch.float32, device=query.device)
     v_groups = max(triton.next_power_of_2(values.channels // 8), form.value_chunk // 8)
     means = left.new_empty(rows, count, tiles, 8 * v_groups, dtype=books.dtype)
-    of_keys, of_values = _tensors(keys), _tensors(values)
+    of_values = _tensors(values)
+    code_kind = tl.float32 if single else tl.float16
     kinds: dict[str, Any] = {
         "PACKED": shared["PACKED"], "WHOLE": keys.basis.dtype == values.basis.dtype == torch.int8,
     }  # fmt: skip
-    code_kind = tl.float32 if single else tl.float16
+    directions = _directions(keys, form, rows, books.dtype, {**kinds, "KIND": code_kind})
+    strides = (*_strides(keys.mean), *_strides(keys.weight))
     kernels.coded_tiles[tiles, keys.blocks * triton.cdiv(share, heads), rows](
-        *asked, part.records, tables.offsets, books, *of_keys,
+        *asked, part.records, tables.offsets, books, directions, keys.mean,
+        keys.mean if keys.weight is None else keys.weight,
         *_placed(part), fine.records, *_placed(fine), *left, means, *asked_strides,
         *part.records.stride()[:2], tables.record_bytes, *fine.records.stride()[:2],
-        fine.tables.record_bytes,
-        _row_stride(tables.offsets), tables.offsets.stride(1), *_numbers(keys),
+        fine.tables.record_bytes, _row_stride(tables.offsets), tables.offsets.stride(1),
+        directions.stride(0), *strides, keys.gain_start, keys.gain_stride, keys.channels,
         values.gain_start, values.gain_stride, values.channels,
         _log_row(part), _row_stride(part.cos), part.cos.stride(1), _row_stride(part.valid),
         part.records.shape[1], _log_row(fine), _row_stride(fine.cos), _row_stride(fine.valid),
         fine.records.shape[1], fine_tiles, tiles, keys.blocks, numbers[2],
-        H=count, G=shared["G"], F=half, **kinds,
+        H=count, G=shared["G"], F=half, PACKED=shared["PACKED"],
         KEY_KIND=tl.float16 if query.dtype == torch.bfloat16 else tl.float32,
         P=_padded(heads * shared["G"]), TILE=form.tile, CHUNK=form.chunk,
         V_CHUNK=form.value_chunk,
         K_USED=keys.channels // 8, K_GROUPS=triton.next_power_of_2(keys.channels // 8),
-        V_GROUPS=v_groups,
-        STAGES=tables.offsets.shape[1], SHARE=share, HEADS=heads,
-        K_CHOSEN=keys.rows is not None, K_WEIGHTED=keys.weight is not None,
+        V_GROUPS=v_groups, STAGES=tables.offsets.shape[1], SHARE=share, HEADS=heads,
+        K_WEIGHTED=keys.weight is not None,
         BIASED=tables.log_weight is not None, HALF=tables.half_gain, STEPS=tables.gain_steps,
         CODE_KIND=code_kind, FENCED=shared["PACKED"] and _has_own_readers(query.device),
         num_warps=form.warps, num_stages=1,
@@ -300,6 +304,29 @@ def _coded(
         CHOSEN=values.rows is not None, WEIGHTED=values.weight is not None, KIND=code_kind,
         **kinds,
     )  # fmt: skip
+
+
+def _directions(
+    side: Projection, form: _Form, rows: int, dtype: torch.dtype, kinds: dict[str, Any]
+) -> torch.Tensor:
+    """Directions ``[rows, blocks, channels, J]`` as numbers, channels in whole chunks."""
+    pieces = triton.cdiv(side.channels, form.chunk)
+    columns = side.basis.shape[3]
+    shape = (rows, side.blocks, pieces * form.chunk, columns)
+    out = torch.empty(shape, dtype=dtype, device=side.basis.device)
+    parts = (side.scale, side.deviation, side.rows)
+    kernels.directions_of_keys[pieces, side.blocks, rows](
+        out, side.basis, side.scale, side.deviation, _tensors(side)[4], _row_stride(side.basis),
+        side.basis.stride(1), side.basis.stride(2), *(n for part in parts for n in _strides(part)),
+        side.channels, out.stride(0), COLUMNS=columns, CHUNK=form.chunk,
+        PADDED=triton.next_power_of_2(columns), CHOSEN=side.rows is not None, **kinds,
+    )  # fmt: skip
+    return out
+
+
+def _strides(part: torch.Tensor | None) -> tuple[int, int]:
+    """Row and block stride of one part of a projection."""
+    return (0, 0) if part is None else (_row_stride(part), part.stride(1))
 
 
 @functools.cache
@@ -332,7 +359,7 @@ def _numbers(side: Projection) -> tuple[int, ...]:
     """Row and block strides of the same, with a basis' channel stride; gains and channels."""
     strides = [_row_stride(side.basis), side.basis.stride(1), side.basis.stride(2)]
     for part in (side.scale, side.deviation, side.mean, side.rows, side.weight):
-        strides += [0, 0] if part is None else [_row_stride(part), part.stride(1)]
+        strides += _strides(part)
     return (*strides, side.gain_start, side.gain_stride, side.channels)
 
 

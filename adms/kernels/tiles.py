@@ -139,24 +139,47 @@ def exact_tiles(
 
 
 @triton.jit
+def directions_of_keys(
+    out, basis, scale, deviation, rows, basis_row, basis_block, basis_channel, scale_row,
+    scale_block, deviation_row, deviation_block, rows_row, rows_block, channels, out_row,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PADDED: tl.constexpr, CHOSEN: tl.constexpr,
+    KIND: tl.constexpr, PACKED: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Directions ``[CHUNK, COLUMNS]`` of channels of a block, with what multiplies each.
+
+    Turned into numbers once for all tiles, which read them one after the other.
+    """
+    piece, block, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    c = piece * CHUNK + tl.arange(0, CHUNK)
+    j = tl.arange(0, PADDED)
+    which = _followed(rows + row * rows_row + block * rows_block, c, channels, CHOSEN)
+    factor = _factor(
+        scale + row * scale_row + block * scale_block,
+        deviation + row * deviation_row + block * deviation_block, c, which, channels,
+    )  # fmt: skip
+    basis += row * basis_row + block * basis_block
+    column = tl.minimum(j, COLUMNS - 1)
+    found = tl.load(basis + which[:, None] * basis_channel + column[None, :])
+    found = _numbers(found, KIND, PACKED, WHOLE).to(tl.float32) * factor[:, None]
+    at = out + row * out_row + (block * tl.num_programs(0) * CHUNK + c)[:, None] * COLUMNS
+    tl.store(at + j[None, :], found.to(KIND), mask=(j < COLUMNS)[None, :])
+
+
+@triton.jit
 def coded_tiles(
-    query, q_cos, q_sin, records, offsets, books,
-    k_basis, k_scale, k_deviation, k_mean, k_rows, k_weight,
-    log_weight, cos, sin, valid, f_records, f_log_weight, f_cos, f_sin, f_valid,
-    maxima, sums, sizes, means,
+    query, q_cos, q_sin, records, offsets, books, directions, k_mean, k_weight, log_weight, cos,
+    sin, valid, f_records, f_log_weight, f_cos, f_sin, f_valid, maxima, sums, sizes, means,
     q_row, q_head, qt_row, r_row, r_entry, record_bytes, f_row, f_entry, f_bytes,
     offset_row, offset_stage,
-    k_basis_row, k_basis_block, k_basis_channel, k_scale_row, k_scale_block, k_deviation_row,
-    k_deviation_block, k_mean_row, k_mean_block, k_rows_row, k_rows_block, k_weight_row,
-    k_weight_block, k_gain, k_gain_block, k_channels,
-    v_gain, v_gain_block, v_channels, log_row, t_row, t_entry, valid_row, count,
+    d_row, k_mean_row, k_mean_block, k_weight_row, k_weight_block, k_gain, k_gain_block,
+    k_channels, v_gain, v_gain_block, v_channels, log_row, t_row, t_entry, valid_row, count,
     f_log_row, ft_row, f_valid_row, f_count, f_tiles, tiles, blocks, scaling,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr,
     CHUNK: tl.constexpr, V_CHUNK: tl.constexpr, STAGES: tl.constexpr, SHARE: tl.constexpr,
     HEADS: tl.constexpr, K_GROUPS: tl.constexpr, K_USED: tl.constexpr, V_GROUPS: tl.constexpr,
-    K_CHOSEN: tl.constexpr, K_WEIGHTED: tl.constexpr, BIASED: tl.constexpr,
+    K_WEIGHTED: tl.constexpr, BIASED: tl.constexpr,
     HALF: tl.constexpr, STEPS: tl.constexpr, KEY_KIND: tl.constexpr, CODE_KIND: tl.constexpr,
-    PACKED: tl.constexpr, WHOLE: tl.constexpr, FENCED: tl.constexpr,
+    PACKED: tl.constexpr, FENCED: tl.constexpr,
 ):  # fmt: skip
     """Tiles of codes; a program for ``HEADS`` of the ``SHARE`` KV heads of a block.
 
@@ -200,22 +223,18 @@ def coded_tiles(
         deep = _reach(k_offsets, 2, record_bytes, offset_stage, k_channels // 8, K_GROUPS)
     if STAGES > 3:
         deeper = _reach(k_offsets, 3, record_bytes, offset_stage, k_channels // 8, K_GROUPS)
-    k_basis += row * k_basis_row + block * k_basis_block
-    k_scale += row * k_scale_row + block * k_scale_block
-    k_deviation += row * k_deviation_row + block * k_deviation_block
-    k_rows += row * k_rows_row + block * k_rows_block
     c = tl.arange(0, CHUNK)
-    which = _followed(k_rows, c, k_channels, K_CHOSEN)
     first, second, code_1, code_2 = _ahead(
         record, k_offsets, 0, k_channels // 8, record_bytes, offset_stage, CHUNK, STAGES
     )
+    # A block's directions follow one another, in whole chunks.
+    chunks: tl.constexpr = (K_USED * 8 + CHUNK - 1) // CHUNK
+    at = directions + row * d_row + (block * chunks * CHUNK + c)[:, None] * (SHARE * 2 * F)
+    at += column[None, :]
     # Unrolled, for sums in float16 are taken apart and put together at the ends of a loop.
     for start in tl.static_range(0, K_USED, CHUNK // 8):
-        at = k_basis + which[:, None] * k_basis_channel + column[None, :]
-        b1 = tl.load(at)
-        b2 = tl.load(at + F)
-        factor = _factor(k_scale, k_deviation, start * 8 + c, which, k_channels)
-        which = _followed(k_rows, start * 8 + CHUNK + c, k_channels, K_CHOSEN)
+        b1 = tl.load(at + start * 8 * (SHARE * 2 * F))
+        b2 = tl.load(at + start * 8 * (SHARE * 2 * F) + F)
         coming = _ahead(
             record, k_offsets, start + CHUNK // 8, k_channels // 8, record_bytes, offset_stage,
             CHUNK, STAGES,
@@ -225,9 +244,6 @@ def coded_tiles(
             offset_stage, first, second, code_1, code_2, CHUNK, STAGES, TILE,
             CODE_KIND, PACKED,
         )  # fmt: skip
-        factor = factor.to(CODE_KIND)[:, None]
-        b1 = _fixed(_numbers(b1, CODE_KIND, PACKED, WHOLE) * factor, PACKED)
-        b2 = _fixed(_numbers(b2, CODE_KIND, PACKED, WHOLE) * factor, PACKED)
         _publish(FENCED)
         k1 = tl.dot(coded, b1, k1, input_precision="ieee", out_dtype=KEY_KIND)
         k2 = tl.dot(coded, b2, k2, input_precision="ieee", out_dtype=KEY_KIND)
@@ -338,12 +354,13 @@ def projected(
         counts = tl.exp(tl.load(maxima + at, mask=there, other=float("-inf")) - least)
         mass += counts * tl.load(sums + at, mask=there, other=0.0)
         own = counts * tl.load(sizes + at, mask=there, other=0.0)
+        # Tiles leave nothing of groups behind the last one with a code.
         found = tl.load(
-            means + at[:, None] * (8 * GROUPS) + c[None, :], mask=there[:, None], other=0.0
-        ).to(tl.float32)
+            means + at[:, None] * (8 * GROUPS) + c[None, :],
+            mask=there[:, None] & (c < used * 8)[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
         summed += tl.sum(own[:, None] * found, axis=0)
-    # Tiles leave nothing of groups behind the last one with a code.
-    summed = tl.where(c < used * 8, summed * factor, 0.0)
+    summed *= factor
     directions = _numbers(directions, KIND, PACKED, WHOLE).to(tl.float32)
     value = tl.sum(summed[:, None] * directions, axis=0)
     if WEIGHTED:

@@ -97,7 +97,8 @@ def test_kernels_compile_for_hopper(
     from adms.kernels import decode_attention_triton as host
 
     recorders = {}
-    for name in ("exact_tiles", "coded_tiles", "projected", "merge", "write_token"):
+    names = ("exact_tiles", "directions_of_keys", "coded_tiles", "projected", "merge")
+    for name in (*names, "write_token"):
         recorders[name] = Recorder(getattr(host.kernels, name))
         monkeypatch.setattr(host.kernels, name, recorders[name])
     heads, kv_heads = 8, 2
@@ -117,7 +118,8 @@ def test_kernels_compile_for_hopper(
     ring, flag = exact[0].keys, torch.zeros(1, dtype=torch.uint8)
     host.fused_write_token(key, key, ring, ring, torch.tensor([1]), flag)
     assert {name: one.calls for name, one in recorders.items()} == {
-        "exact_tiles": 2, "coded_tiles": 3, "projected": 3, "merge": 1, "write_token": 1,
+        "exact_tiles": 2, "directions_of_keys": 3, "coded_tiles": 3, "projected": 3, "merge": 1,
+        "write_token": 1,
     }  # fmt: skip
     every = [ptx for one in recorders.values() for ptx in one.ptx]
     assert any("wgmma.mma_async" in ptx for ptx in every) == (dtype != torch.float32)

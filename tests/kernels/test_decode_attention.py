@@ -1,5 +1,6 @@
 """Decode attention over exact and coded entries, plain and fused, against a float64 oracle."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -99,6 +100,33 @@ def test_equals_dense_attention_over_what_the_coder_decodes(
         states += [(one.keys, one.values) for one in (decoded, marked)]
     expected = oracle(query, cos, sin, [*exact, *coded], states, 0.3)
     found = attend(query, cos, sin, exact, coded, 0.3, fused)
+    assert_close(found.double(), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("fused", KERNELS)
+@pytest.mark.parametrize("marks", [1, 33])
+def test_finer_records_of_the_same_tables(marks: int, fused: bool) -> None:
+    """Which one launch reads: they go on where the others end, and weigh otherwise."""
+    rows, kv_heads, size = 2, 4, 16
+    part = blocked_part(rows, kv_heads, 40, size, 2)
+    finer = blocked_part(rows, kv_heads, marks, size, 2)
+    whole = part.tables.record_bytes
+    weights = torch.rand(2, rows, kv_heads, generator=torch.Generator().manual_seed(3))
+    shown = torch.arange(marks) != 2
+    part = dataclasses.replace(part, tables=part.tables.cut(whole // 3, weights[0]))
+    finer = dataclasses.replace(
+        finer,
+        tables=part.tables.cut(whole, weights[1]),
+        cos=finer.cos.flip(1),
+        valid=shown[None].repeat(rows, 1),
+    )
+    query = draw(rows, 8, size, seed=2)
+    cos, sin = (table[:, 0] for table in rotations(1, 1, size, 8))
+    exact = [exact_part(rows, kv_heads, 9, size)]
+    coded = [part, finer]
+    states = [(exact[0].keys, exact[0].values), *(decode(one, kv_heads) for one in coded)]
+    expected = oracle(query, cos, sin, [*exact, *coded], states, 0.25)
+    found = attend(query, cos, sin, exact, coded, 0.25, fused)
     assert_close(found.double(), expected, atol=2e-5, rtol=2e-5)
 
 
