@@ -1,9 +1,10 @@
-"""Attention of a chunk: over what the tiers hold, and among its own tokens, merged.
+"""Attention of a chunk: over what the tiers hold, and among its own tokens.
 
 The mask of what the tiers hold is the same for every query of a chunk, and the chunk's own is
-causal; so neither needs a number for each pair, as one softmax over both would. On a GPU, where
-launches cost more than the work they start, tiers of several layers are read at once; nothing in
-them changes before the pass is committed.
+causal; so neither needs a number for each pair, as a mask over both would. One kernel takes both
+where it can, else two do, whose results are merged. On a GPU, where launches cost more than the
+work they start, tiers of several layers are read at once; nothing in them changes before the pass
+is committed.
 
 ``applies`` says which passes this is for; others go the general way (``tiered``).
 
@@ -20,6 +21,7 @@ from adms.attention.merged import attend_in_two, causal_bias
 from adms.binding import PositionScheme
 from adms.cache import ADMSKVCache
 from adms.entries import Entries
+from adms.kernels.chunk_attention import attends_at_once, chunk_attention
 from adms.kernels.states import decodes_by_tables
 from adms.layer import ADMSLayer
 from adms.places import MiddleGeometry
@@ -135,21 +137,15 @@ def attend_chunk(
     tables = _places(cache, layer, scheme, view, query).query_tables
     heads = query.shape[1]
     rotated = scheme.rotate(torch.cat([query, staged.keys], dim=1), tables)
+    asked, new_keys, new_values = rotated[:, :heads], rotated[:, heads:], staged.values
+    if attends_at_once(cache.binding_for_use.kernel, asked, values):
+        return chunk_attention(asked, keys, values, bias, new_keys, new_values, scaling)
     group = heads // staged.keys.shape[1]
     key = ("causal", group, query.device, query.dtype)
     causal = view.shared.get(key)
     if not isinstance(causal, torch.Tensor):
         causal = view.shared[key] = causal_bias(view.columns, group, query.device, query.dtype)
-    return attend_in_two(
-        rotated[:, :heads],
-        keys,
-        values,
-        bias,
-        rotated[:, heads:],
-        staged.values,
-        causal,
-        scaling,
-    )
+    return attend_in_two(asked, keys, values, bias, new_keys, new_values, causal, scaling)
 
 
 def _coded(view: ForwardView, layer: ADMSLayer) -> list[bool]:

@@ -1,5 +1,7 @@
 """Attention in two parts, each by a fused kernel, merged by their log-sum-exp.
 
+The twin of ``kernels.chunk_attention``, which takes both at once.
+
 Shapes: ``B`` rows, ``R`` rows or 1, ``H`` query heads, ``K`` KV heads, ``G = H / K``, ``Q``
 queries, ``N`` entries, ``D``/``E`` head sizes of keys/values.
 

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from adms import enable_streaming_llm
 from adms.attention import chunk, window
 from adms.attention.merged import attend_in_two, causal_bias, partial, plain_partial
+from adms.kernels import chunk_attention as kernel_attention
 from adms.kernels import states
 from tests.kernels.material import DEVICE, RUNS_TRITON
 from tests.streams import feed, random_ids, small_cache, tiny_llama
@@ -131,6 +132,26 @@ def test_chunks_equal_the_general_way(
     atol = 2e-4 if compressor == "quantized" else 5e-6
     assert_close(single, general, atol=atol, rtol=0)
     assert_close(ahead, general, atol=atol, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.skipif(not RUNS_TRITON or DEVICE.type != "cpu", reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize(("rows", "ratio"), [(1, 0.1), (2, 0.1), (1, 0.0)])
+def test_one_kernel_equals_the_two_parts(
+    rows: int, ratio: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny_llama(layers=3, trained=2048), random_ids(rows, 300)
+    monkeypatch.setitem(chunk.READ_AHEAD_BYTES, "cpu", 2**30)
+    monkeypatch.setattr(kernel_attention, "DTYPES", (torch.float32,))
+    found, calls, real = [], [], chunk.chunk_attention
+    monkeypatch.setattr(chunk, "chunk_attention", lambda *args: calls.append(1) or real(*args))
+    for fused in (False, True):
+        assert not calls
+        monkeypatch.setattr(chunk, "attends_at_once", lambda *_, use=fused: use)
+        cache = small_cache(model, prefill_chunk_size=60, importance_ratio=ratio)
+        found.append(feed(model, ids, cache))
+    assert calls
+    assert_close(found[1], found[0], atol=5e-6, rtol=0)
 
 
 def test_which_passes_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:

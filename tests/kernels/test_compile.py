@@ -1,6 +1,9 @@
 """The kernels compile for a GPU, without one: the interpreter accepts more than the compiler."""
 
 import os
+import re
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,10 +25,13 @@ pytestmark = [
 class Recorder:
     """Stands for a kernel; compiles it for what it is called with."""
 
-    def __init__(self, kernel: Any) -> None:
+    def __init__(self, kernel: Any, *, aligned: bool = False) -> None:
         self.kernel = kernel
+        #: as at a launch: multiples of 16 are known, and ones are constants
+        self.aligned = aligned
         self.calls = 0
         self.ptx: list[str] = []
+        self.cubins: list[bytes] = []
 
     def __getitem__(self, grid: Any) -> Any:
         return self.compile
@@ -47,9 +53,19 @@ class Recorder:
             parameter.name: "constexpr" if parameter.is_constexpr else kind(given[parameter.name])
             for parameter in self.kernel.params
         }
-        source = ASTSource(self.kernel, signature, constants)
+        attributes = {}
+        for index, (name, kind_name) in enumerate(signature.items() if self.aligned else ()):
+            value = given[name]
+            if kind_name == "i32" and value == 1:
+                signature[name], constants[(index,)] = "constexpr", 1
+            elif kind_name != "constexpr" and not isinstance(value, float):
+                number = value if isinstance(value, int) else value.data_ptr()
+                if number % 16 == 0:
+                    attributes[(index,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constants, attributes)
         found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         self.ptx.append(found.asm["ptx"])
+        self.cubins.append(found.asm["cubin"])
         self.calls += 1
 
 
@@ -64,6 +80,20 @@ def kind(argument: Any) -> str:
         torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
     }  # fmt: skip
     return "*" + names[argument.dtype]
+
+
+def usage(cubin: bytes, folder: Path) -> dict[str, int]:
+    """Registers of a thread and bytes that spill, as ``REG`` and ``STACK``."""
+    import triton.backends.nvidia
+
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    if not tool.exists():
+        pytest.skip("triton brings no cuobjdump")
+    file = folder / "kernel.cubin"
+    file.write_bytes(cubin)
+    command = [tool, "--dump-resource-usage", file]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", said)}
 
 
 def unfenced_products(ptx: str) -> int:
@@ -134,3 +164,31 @@ def test_the_search_for_codewords_compiles(monkeypatch: pytest.MonkeyPatch) -> N
     stages = torch.ones(1, 2, dtype=torch.int64)
     host.fused_assign(draw(1, 2, 4, 8, seed=0), stages, stages)
     assert recorder.calls == 1
+
+
+@pytest.mark.parametrize("size", [16, 128, 256])
+@pytest.mark.parametrize("biased", [True, False])
+def test_attention_of_a_chunk_compiles(
+    biased: bool, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every form for this size, whole and split; nothing spills, and operands are copied."""
+    from adms.kernels import chunk_attention_triton as host
+
+    recorders = {}
+    for name in ("chunk_tiles", "merge_splits"):
+        recorders[name] = Recorder(getattr(host, name), aligned=True)
+        monkeypatch.setattr(host, name, recorders[name])
+    dtype = torch.float16 if size == 16 else torch.bfloat16
+    for tokens, splits in ((64, 1), (64, 2), (8, 1), (8, 2)):
+        query = torch.empty(1, 8, tokens, size, dtype=dtype)
+        held, new = (torch.empty(1, 2, count, size, dtype=dtype) for count in (2904, tokens))
+        bias = torch.empty(1, 2, 1, 2904, dtype=dtype) if biased else None
+        host.fused_chunk_attention(query, held, held, bias, new, new, 0.1, splits=splits)
+    tiles, merges = recorders["chunk_tiles"], recorders["merge_splits"]
+    assert (tiles.calls, merges.calls) == (4, 2)
+    for ptx in tiles.ptx:
+        assert "wgmma.mma_async" in ptx and re.search(r"cp\.async\.c[ag]\.shared", ptx)
+        assert unfenced_products(ptx) == 0
+    for cubin in tiles.cubins + merges.cubins:
+        used = usage(cubin, tmp_path)
+        assert used["REG"] <= 255 and used["STACK"] == used["LOCAL"] == 0

@@ -171,7 +171,7 @@ def test_bytes_that_are_not_read_may_be_anything(fused: bool) -> None:
 def test_fused_kernels_in_the_interpreter() -> None:
     """Triton reads the variable once, so the tests above run again in a process of their own."""
     root = Path(__file__).parents[2]
-    names = ("test_write_token.py", "test_codewords.py")
+    names = ("test_write_token.py", "test_codewords.py", "test_chunk_attention.py")
     files = [__file__, *(str(Path(__file__).with_name(name)) for name in names)]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", *files],
