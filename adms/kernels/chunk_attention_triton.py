@@ -117,7 +117,8 @@ def _held(
     return _meet(q, k, v, added[None, :], most, total, out, scaling, LOG2E, KIND)
 
 
-@triton.jit
+# Compiled once for all numbers of entries, tokens and splits.
+@triton.jit(do_not_specialize=["count", "tokens", "blocks", "splits"])
 def chunk_tiles(
     query, keys, values, bias, new_keys, new_values, out, maxima, sums, totals,
     q_row, q_head, q_token, k_row, k_head, k_entry, v_row, v_head, v_entry, b_row, b_head,
@@ -130,6 +131,9 @@ def chunk_tiles(
 
     Strides of the bias count ``STEP`` elements.
     """
+    if not SPLIT:
+        # What the compiler knows takes no registers.
+        splits = 1
     # The last blocks have the most new tokens; they come first.
     block = blocks - 1 - tl.program_id(0) // splits
     split = tl.program_id(0) % splits
@@ -137,8 +141,9 @@ def chunk_tiles(
     d = tl.arange(0, D)
     packed = block * M + tl.arange(0, M)
     token, g, there = packed // G, packed % G, packed < tokens * G
-    at = query + row * q_row + (kv * G + g)[:, None] * q_head + token[:, None] * q_token
-    q = tl.load(at + d[None, :], mask=there[:, None], other=0.0)
+    query += row * q_row + kv * G * q_head
+    at = g * q_head + token * q_token
+    q = tl.load(query + at[:, None] + d[None, :], mask=there[:, None], other=0.0)
     most = tl.full([M], LEAST, dtype=tl.float32)
     total = tl.zeros([M], dtype=tl.float32)
     summed = tl.zeros([M, D], dtype=tl.float32)
@@ -172,18 +177,20 @@ def chunk_tiles(
         added = tl.where(n[None, :] <= token[:, None], 0.0, float("-inf"))
         most, total, summed = _meet(q, k, v, added, most, total, summed, scaling, LOG2E, KIND)
     heads = tl.num_programs(1) * G
+    at = token * heads + g
+    first = (row * splits + split) * tokens * heads + kv * G
     if SPLIT:
-        at = ((row * splits + split) * tokens + token) * heads + kv * G + g
-        tl.store(maxima + at, most, mask=there)
-        tl.store(sums + at, total, mask=there)
+        tl.store(maxima + first + at, most, mask=there)
+        tl.store(sums + first + at, total, mask=there)
+        totals += first * D
         tl.store(totals + at[:, None] * D + d[None, :], summed, mask=there[:, None])
     else:
-        at = (row * tokens + token) * heads + kv * G + g
+        out += first * D
         result = (summed * (1.0 / total)[:, None]).to(out.dtype.element_ty)
         tl.store(out + at[:, None] * D + d[None, :], result, mask=there[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "each"])
 def merge_splits(
     out, maxima, sums, totals, splits, each,
     D: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,

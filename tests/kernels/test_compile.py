@@ -54,14 +54,14 @@ class Recorder:
             for parameter in self.kernel.params
         }
         attributes = {}
-        for index, (name, kind_name) in enumerate(signature.items() if self.aligned else ()):
-            value = given[name]
-            if kind_name == "i32" and value == 1:
+        for index, parameter in enumerate(self.kernel.params if self.aligned else ()):
+            value, name = given[parameter.name], parameter.name
+            if parameter.is_constexpr or parameter.do_not_specialize or isinstance(value, float):
+                continue
+            if isinstance(value, int) and value == 1:
                 signature[name], constants[(index,)] = "constexpr", 1
-            elif kind_name != "constexpr" and not isinstance(value, float):
-                number = value if isinstance(value, int) else value.data_ptr()
-                if number % 16 == 0:
-                    attributes[(index,)] = [["tt.divisibility", 16]]
+            elif (value if isinstance(value, int) else value.data_ptr()) % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, attributes)
         found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         self.ptx.append(found.asm["ptx"])
