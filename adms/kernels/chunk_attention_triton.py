@@ -65,8 +65,11 @@ TILES_ASIDE = 2
 MOST_SPLITS = 32
 # Elements of a bias that may be read together.
 ALIGNED = 8
-# What the interpreter takes for a device's.
+# Bytes of shared memory for what is neither queries, keys nor values.
+SHARED_ASIDE = 2048
+# What stands for a device's in the interpreter, and on CUDA where it is not told.
 MULTIPROCESSORS = 132
+SHARED_BYTES = {"cpu": 232_448, "cuda": 65_536}
 # Rows and elements that a program of the merge adds up.
 MERGED_ROWS = 4
 MERGED_COLUMNS = 128
@@ -237,7 +240,7 @@ def fused_chunk_attention(
     rows, heads, tokens, size = query.shape
     kv_heads, count = keys.shape[1:3]
     group = heads // kv_heads
-    form = form or form_of(group * tokens, size)
+    form = form or fitting(form_of(group * tokens, size), size, _shared_bytes(query.device))
     blocks = triton.cdiv(group * tokens, form.rows)
     if splits is None:
         tiles = triton.cdiv(count, form.entries) + triton.cdiv(tokens, form.entries)
@@ -281,6 +284,14 @@ def form_of(packed: int, size: int) -> Form:
     return WIDE if size < LARGE_HEAD else WIDE_LARGE
 
 
+def fitting(form: Form, size: int, shared: int) -> Form:
+    """The form with as many tiles under way as so many bytes of shared memory hold."""
+    # Queries, and keys and values of the tiles, in half precision.
+    free = shared - SHARED_ASIDE - 2 * size * form.rows
+    stages = free // (4 * size * form.entries)
+    return dataclasses.replace(form, stages=max(1, min(form.stages, stages)))
+
+
 @functools.cache
 def splits_of(programs: int, tiles: int, places: int) -> int:
     """Over how many programs entries are split.
@@ -301,3 +312,13 @@ def _places(device: torch.device) -> int:
     if device.type != "cuda":
         return MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _shared_bytes(device: torch.device) -> int:
+    """Shared memory that a program may have."""
+    known = SHARED_BYTES.get(device.type, 0)
+    if device.type != "cuda":
+        return known
+    # ROCm does not tell.
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", known))

@@ -203,6 +203,17 @@ def test_splits_follow_from_shapes() -> None:
     assert splits_of(1, 10_000, 1000) == MOST_SPLITS
 
 
+@pytest.mark.skipif(not has_triton(), reason="triton is not installed")
+def test_tiles_under_way_follow_from_shared_memory() -> None:
+    from adms.kernels.chunk_attention_triton import WIDE, WIDE_LARGE, fitting
+
+    # Hopper's, Ada's, and less than any tile needs.
+    assert fitting(WIDE, 128, 232_448) == WIDE and fitting(WIDE_LARGE, 256, 232_448) == WIDE_LARGE
+    assert fitting(WIDE, 128, 101_376).stages == 2
+    assert fitting(WIDE, 64, 101_376) == WIDE
+    assert fitting(WIDE_LARGE, 256, 65_536).stages == 1
+
+
 def test_when_it_is_chosen() -> None:
     half = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16)
     assert not attends_at_once("auto", half, half)
