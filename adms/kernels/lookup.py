@@ -122,10 +122,37 @@ def _ahead(
 
 
 @triton.jit
+def _rest(
+    record, offsets, books, start, groups, deeper, record_bytes, offset_stage,
+    CHUNK: tl.constexpr, STAGES: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """Sums ``[WIDTH, TILE, 8]`` of the codewords of stages behind the second."""
+    total = _deeper(
+        record, offsets, books, 2, start, groups, record_bytes, offset_stage, CHUNK, KIND
+    )
+    if STAGES > 3:  # noqa: SIM102, which of the two the compiler decides
+        if start < deeper:
+            for stage in tl.static_range(3, STAGES):
+                total += _deeper(
+                    record, offsets, books, stage, start, groups, record_bytes, offset_stage,
+                    CHUNK, KIND,
+                )  # fmt: skip
+    return total
+
+
+@triton.jit
+def _laid(total, PACKED: tl.constexpr):
+    """``[TILE, CHUNK]`` of ``[WIDTH, TILE, 8]``."""
+    WIDTH: tl.constexpr = total.shape[0]
+    TILE: tl.constexpr = total.shape[1]
+    return _fixed(tl.reshape(tl.permute(total, (1, 0, 2)), [TILE, WIDTH * 8]), PACKED)
+
+
+@triton.jit
 def _chunk(
     record, offsets, books, start, groups, deep, deeper, record_bytes, offset_stage,
-    first, second, code_1, code_2, CHUNK: tl.constexpr, STAGES: tl.constexpr,
-    TILE: tl.constexpr, KIND: tl.constexpr, PACKED: tl.constexpr,
+    first, second, code_1, code_2, CHUNK: tl.constexpr, STAGES: tl.constexpr, KIND: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """Sums ``[TILE, CHUNK]`` of the codewords of all stages, for some channels of a block.
 
@@ -137,19 +164,17 @@ def _chunk(
     word_2 = word_1
     if STAGES > 1:
         word_2 = _words(books, code_2, second, 1)
-    total = tl.zeros([CHUNK // 8, TILE, 8], dtype=KIND)
+    total = tl.zeros(word_1.shape, dtype=KIND)
     if STAGES > 2:  # noqa: SIM102, which of the two the compiler decides
         if start < deep:
-            for stage in range(2, tl.where(start < deeper, STAGES, 3)):
-                total += _deeper(
-                    record, offsets, books, stage, start, groups, record_bytes, offset_stage,
-                    CHUNK, KIND,
-                )  # fmt: skip
+            total = _rest(
+                record, offsets, books, start, groups, deeper, record_bytes, offset_stage, CHUNK,
+                STAGES, KIND,
+            )  # fmt: skip
     total += word_1 * _there(first, KIND)
     if STAGES > 1:
         total += word_2 * _there(second, KIND)
-    total = tl.reshape(tl.permute(total, (1, 0, 2)), [TILE, CHUNK])
-    return _fixed(total, PACKED)
+    return _laid(total, PACKED)
 
 
 @triton.jit

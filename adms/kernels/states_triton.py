@@ -76,7 +76,7 @@ def coded_states(
         directions = tl.load(at, mask=there[None, :], other=0)
         coded = _chunk(
             record, offsets, books, start, groups, deep, deeper, record_bytes, offset_stage,
-            first, second, code_1, code_2, CHUNK, STAGES, TILE, CODE_KIND, False,
+            first, second, code_1, code_2, CHUNK, STAGES, CODE_KIND, False,
         )  # fmt: skip
         coded = (coded.to(tl.float32) * factor[None, :]).to(CODE_KIND)
         states = tl.dot(coded, directions.to(CODE_KIND), states, input_precision="ieee")

@@ -224,13 +224,13 @@ def coded_tiles(
     if STAGES > 3:
         deeper = _reach(k_offsets, 3, record_bytes, offset_stage, k_channels // 8, K_GROUPS)
     c = tl.arange(0, CHUNK)
-    first, second, code_1, code_2 = _ahead(
-        record, k_offsets, 0, k_channels // 8, record_bytes, offset_stage, CHUNK, STAGES
-    )
     # A block's directions follow one another, in whole chunks.
     chunks: tl.constexpr = (K_USED * 8 + CHUNK - 1) // CHUNK
     at = directions + row * d_row + (block * chunks * CHUNK + c)[:, None] * (SHARE * 2 * F)
     at += column[None, :]
+    first, second, code_1, code_2 = _ahead(
+        record, k_offsets, 0, k_channels // 8, record_bytes, offset_stage, CHUNK, STAGES
+    )
     # Unrolled, for sums in float16 are taken apart and put together at the ends of a loop.
     for start in tl.static_range(0, K_USED, CHUNK // 8):
         b1 = tl.load(at + start * 8 * (SHARE * 2 * F))
@@ -241,8 +241,7 @@ def coded_tiles(
         )  # fmt: skip
         coded = _chunk(
             record, k_offsets, books, start, k_channels // 8, deep, deeper, record_bytes,
-            offset_stage, first, second, code_1, code_2, CHUNK, STAGES, TILE,
-            CODE_KIND, PACKED,
+            offset_stage, first, second, code_1, code_2, CHUNK, STAGES, CODE_KIND, PACKED,
         )  # fmt: skip
         _publish(FENCED)
         k1 = tl.dot(coded, b1, k1, input_precision="ieee", out_dtype=KEY_KIND)
@@ -299,8 +298,8 @@ def coded_tiles(
         )  # fmt: skip
         summed = _chunk(
             record, v_offsets, books, start, v_channels // 8, deep, deeper, record_bytes,
-            offset_stage, first, second, code_1, code_2, V_CHUNK, STAGES, TILE,
-            CODE_KIND, PACKED,
+            offset_stage, first, second, code_1, code_2, V_CHUNK, STAGES, CODE_KIND,
+            PACKED,
         )  # fmt: skip
         mean = tl.dot(weight, summed, input_precision="ieee").to(CODE_KIND)
         channel = start * 8 + tl.arange(0, V_CHUNK)
