@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from adms.compressors.codebooks import codebooks_on
+from adms.compressors.codebooks import GROUP, codebooks_on
 from adms.compressors.tables import Projection
 from adms.errors import ADMSValueError
 from adms.kernels import tiles as kernels
@@ -310,15 +310,14 @@ def _directions(
     side: Projection, form: _Form, rows: int, dtype: torch.dtype, kinds: dict[str, Any]
 ) -> torch.Tensor:
     """Directions ``[rows, blocks, channels, J]`` as numbers, channels in whole chunks."""
-    pieces = triton.cdiv(side.channels, form.chunk)
     columns = side.basis.shape[3]
-    shape = (rows, side.blocks, pieces * form.chunk, columns)
-    out = torch.empty(shape, dtype=dtype, device=side.basis.device)
+    channels = triton.cdiv(side.channels, form.chunk) * form.chunk
+    out = torch.empty(rows, side.blocks, channels, columns, dtype=dtype, device=side.basis.device)
     parts = (side.scale, side.deviation, side.rows)
-    kernels.directions_of_keys[pieces, side.blocks, rows](
+    kernels.directions_of_keys[channels // GROUP, side.blocks, rows](
         out, side.basis, side.scale, side.deviation, _tensors(side)[4], _row_stride(side.basis),
         side.basis.stride(1), side.basis.stride(2), *(n for part in parts for n in _strides(part)),
-        side.channels, out.stride(0), COLUMNS=columns, CHUNK=form.chunk,
+        side.channels, out.stride(0), COLUMNS=columns, CHUNK=GROUP,
         PADDED=triton.next_power_of_2(columns), CHOSEN=side.rows is not None, **kinds,
     )  # fmt: skip
     return out
