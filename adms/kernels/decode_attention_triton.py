@@ -1,4 +1,4 @@
-"""The fused form of ``decode_attention``, in Triton; ``tiles`` says how it works.
+"""The fused form of ``decode_attention``, in Triton; ``tiles`` and ``adding`` say how it works.
 
 Shapes: ``B`` rows, ``H`` query heads, ``K`` KV heads, ``S`` slots, ``D`` head size.
 """
@@ -17,6 +17,7 @@ import triton.language as tl
 from adms.compressors.codebooks import GROUP, codebooks_on
 from adms.compressors.tables import Projection
 from adms.errors import ADMSValueError
+from adms.kernels import adding
 from adms.kernels import tiles as kernels
 from adms.kernels.choice import launching
 from adms.kernels.parts import CodedPart, ExactPart
@@ -114,7 +115,7 @@ def fused_decode_attention(
             first += 1
     out = torch.empty(rows, heads, size, dtype=query.dtype, device=query.device)
     columns = min(size, MERGED_COLUMNS)
-    kernels.merge[size // columns, heads, rows](
+    adding.merge[size // columns, heads, rows](
         out, *partial, tiles, heads, size, columns,
         min(MERGED_TILES, triton.next_power_of_2(tiles)),
     )  # fmt: skip
@@ -295,7 +296,7 @@ def _coded(
     columns = 2 * half
     while columns > PROJECTED_COLUMNS and rows * count * (2 * half // columns) < PROJECTING:
         columns //= 2
-    kernels.projected[2 * half // columns, count, rows](
+    adding.projected[2 * half // columns, count, rows](
         *left, means, tables.offsets, *of_values, *partial,
         fine.tables.record_bytes, _row_stride(tables.offsets), keys.blocks * keys.channels // 8,
         *_numbers(values), tiles, *numbers[:2],
