@@ -30,8 +30,9 @@ from adms.kernels.decode_attention_triton import (
 )
 from adms.kernels.tiles import _publish
 
-# Maxima begin here: below every score that counts and above those of hidden entries, so that these
-# weigh nothing even where nothing is shown yet.
+# Maxima begin here: below every score that counts and above those of entries hidden in bfloat16 or
+# by infinity, so that these weigh nothing even where nothing is shown yet. Entries hidden by the
+# least float16 may weigh something until then, and nothing beside the first that is shown.
 LEAST_SCORE = -1e30
 LOG2E = math.log2(math.e)
 

@@ -269,15 +269,13 @@ def _coded(
         "PACKED": shared["PACKED"], "WHOLE": keys.basis.dtype == values.basis.dtype == torch.int8,
     }  # fmt: skip
     directions = _directions(keys, form, rows, books.dtype, {**kinds, "KIND": code_kind})
-    strides = (*_strides(keys.mean), *_strides(keys.weight))
     kernels.coded_tiles[tiles, keys.blocks * triton.cdiv(share, heads), rows](
-        *asked, part.records, tables.offsets, books, directions, keys.mean,
-        keys.mean if keys.weight is None else keys.weight,
-        *_placed(part), fine.records, *_placed(fine), *left, means, *asked_strides,
+        *asked, part.records, tables.offsets, books, directions, keys.mean, *_placed(part),
+        fine.records, *_placed(fine), *left, means, *asked_strides,
         *part.records.stride()[:2], tables.record_bytes, *fine.records.stride()[:2],
         fine.tables.record_bytes, _row_stride(tables.offsets), tables.offsets.stride(1),
-        directions.stride(0), *strides, keys.gain_start, keys.gain_stride, keys.channels,
-        values.gain_start, values.gain_stride, values.channels,
+        directions.stride(0), *_strides(keys.mean), keys.gain_start, keys.gain_stride,
+        keys.channels, values.gain_start, values.gain_stride, values.channels,
         _log_row(part), _row_stride(part.cos), part.cos.stride(1), _row_stride(part.valid),
         part.records.shape[1], _log_row(fine), _row_stride(fine.cos), _row_stride(fine.valid),
         fine.records.shape[1], fine_tiles, tiles, keys.blocks, numbers[2],
@@ -287,7 +285,6 @@ def _coded(
         V_CHUNK=form.value_chunk,
         K_USED=keys.channels // 8, K_GROUPS=triton.next_power_of_2(keys.channels // 8),
         V_GROUPS=v_groups, STAGES=tables.offsets.shape[1], SHARE=share, HEADS=heads,
-        K_WEIGHTED=keys.weight is not None,
         BIASED=tables.log_weight is not None, HALF=tables.half_gain, STEPS=tables.gain_steps,
         CODE_KIND=code_kind, FENCED=shared["PACKED"] and _has_own_readers(query.device),
         num_warps=form.warps, num_stages=1,
@@ -314,12 +311,14 @@ def _directions(
     columns = side.basis.shape[3]
     channels = triton.cdiv(side.channels, form.chunk) * form.chunk
     out = torch.empty(rows, side.blocks, channels, columns, dtype=dtype, device=side.basis.device)
-    parts = (side.scale, side.deviation, side.rows)
+    parts = (side.scale, side.deviation, side.rows, side.weight)
+    basis, scale, deviation, _, chosen, weight = _tensors(side)
     kernels.directions_of_keys[channels // GROUP, side.blocks, rows](
-        out, side.basis, side.scale, side.deviation, _tensors(side)[4], _row_stride(side.basis),
+        out, basis, scale, deviation, chosen, weight, _row_stride(side.basis),
         side.basis.stride(1), side.basis.stride(2), *(n for part in parts for n in _strides(part)),
         side.channels, out.stride(0), COLUMNS=columns, CHUNK=GROUP,
-        PADDED=triton.next_power_of_2(columns), CHOSEN=side.rows is not None, **kinds,
+        PADDED=triton.next_power_of_2(columns), CHOSEN=side.rows is not None,
+        WEIGHTED=side.weight is not None, **kinds,
     )  # fmt: skip
     return out
 

@@ -205,31 +205,7 @@ def _gain(record, start, HALF: tl.constexpr, STEPS: tl.constexpr):
 
 
 @triton.jit
-def _inverse(x, PACKED: tl.constexpr):
-    """One over numbers that are neither tiny nor huge."""
-    if PACKED:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return 1.0 / x
-
-
-@triton.jit
-def _centre(
-    mean, weight, column, F: tl.constexpr, WEIGHTED: tl.constexpr, KIND: tl.constexpr,
-    PACKED: tl.constexpr,
-):  # fmt: skip
-    """What both halves ``[HEADS * F]`` of a state are multiplied with, and their means."""
-    w1 = tl.full(column.shape, 1.0, dtype=tl.float32)
-    w2 = w1
-    if WEIGHTED:
-        w1 = _inverse(tl.load(weight + column).to(tl.float32), PACKED)
-        w2 = _inverse(tl.load(weight + column + F).to(tl.float32), PACKED)
-    m1 = tl.load(mean + column)
-    m2 = tl.load(mean + column + F)
-    return (
-        _fixed(w1.to(KIND), PACKED),
-        _fixed(w2.to(KIND), PACKED),
-        _fixed(m1.to(KIND), PACKED),
-        _fixed(m2.to(KIND), PACKED),
-    )
+def _means(mean, column, F: tl.constexpr, KIND: tl.constexpr, PACKED: tl.constexpr):
+    """Means of both halves ``[HEADS * F]`` of a state."""
+    first, second = tl.load(mean + column), tl.load(mean + column + F)
+    return _fixed(first.to(KIND), PACKED), _fixed(second.to(KIND), PACKED)

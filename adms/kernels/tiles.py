@@ -18,12 +18,12 @@ import triton.language as tl
 
 from adms.kernels.lookup import (
     _ahead,
-    _centre,
     _chunk,
     _factor,
     _fixed,
     _followed,
     _gain,
+    _means,
     _numbers,
     _reach,
 )
@@ -139,14 +139,16 @@ def exact_tiles(
 
 @triton.jit
 def directions_of_keys(
-    out, basis, scale, deviation, rows, basis_row, basis_block, basis_channel, scale_row,
-    scale_block, deviation_row, deviation_block, rows_row, rows_block, channels, out_row,
+    out, basis, scale, deviation, rows, weight, basis_row, basis_block, basis_channel, scale_row,
+    scale_block, deviation_row, deviation_block, rows_row, rows_block, weight_row, weight_block,
+    channels, out_row,
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PADDED: tl.constexpr, CHOSEN: tl.constexpr,
-    KIND: tl.constexpr, PACKED: tl.constexpr, WHOLE: tl.constexpr,
+    WEIGHTED: tl.constexpr, KIND: tl.constexpr, PACKED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Directions ``[CHUNK, COLUMNS]`` of channels of a block, with what multiplies each.
 
-    Turned into numbers once for all tiles, which read them one after the other.
+    Turned into numbers once for all tiles, which read them one after the other. Weights are taken
+    out here: what tiles add up in float16 is then no larger than keys are.
     """
     piece, block, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     c = piece * CHUNK + tl.arange(0, CHUNK)
@@ -160,25 +162,27 @@ def directions_of_keys(
     column = tl.minimum(j, COLUMNS - 1)
     found = tl.load(basis + which[:, None] * basis_channel + column[None, :])
     found = _numbers(found, KIND, PACKED, WHOLE).to(tl.float32) * factor[:, None]
+    if WEIGHTED:
+        weight += row * weight_row + block * weight_block
+        found /= tl.load(weight + column).to(tl.float32)[None, :]
     at = out + row * out_row + (block * tl.num_programs(0) * CHUNK + c)[:, None] * COLUMNS
     tl.store(at + j[None, :], found.to(KIND), mask=(j < COLUMNS)[None, :])
 
 
 @triton.jit
 def coded_tiles(
-    query, q_cos, q_sin, records, offsets, books, directions, k_mean, k_weight, log_weight, cos,
+    query, q_cos, q_sin, records, offsets, books, directions, k_mean, log_weight, cos,
     sin, valid, f_records, f_log_weight, f_cos, f_sin, f_valid, maxima, sums, sizes, means,
     q_row, q_head, qt_row, r_row, r_entry, record_bytes, f_row, f_entry, f_bytes,
     offset_row, offset_stage,
-    d_row, k_mean_row, k_mean_block, k_weight_row, k_weight_block, k_gain, k_gain_block,
+    d_row, k_mean_row, k_mean_block, k_gain, k_gain_block,
     k_channels, v_gain, v_gain_block, v_channels, log_row, t_row, t_entry, valid_row, count,
     f_log_row, ft_row, f_valid_row, f_count, f_tiles, tiles, blocks, scaling,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr,
     CHUNK: tl.constexpr, V_CHUNK: tl.constexpr, STAGES: tl.constexpr, SHARE: tl.constexpr,
     HEADS: tl.constexpr, K_GROUPS: tl.constexpr, K_USED: tl.constexpr, V_GROUPS: tl.constexpr,
-    K_WEIGHTED: tl.constexpr, BIASED: tl.constexpr,
-    HALF: tl.constexpr, STEPS: tl.constexpr, KEY_KIND: tl.constexpr, CODE_KIND: tl.constexpr,
-    PACKED: tl.constexpr, FENCED: tl.constexpr,
+    BIASED: tl.constexpr, HALF: tl.constexpr, STEPS: tl.constexpr, KEY_KIND: tl.constexpr,
+    CODE_KIND: tl.constexpr, PACKED: tl.constexpr, FENCED: tl.constexpr,
 ):  # fmt: skip
     """Tiles of codes; a program for ``HEADS`` of the ``SHARE`` KV heads of a block.
 
@@ -246,14 +250,10 @@ def coded_tiles(
         k1 = tl.dot(coded, b1, k1, input_precision="ieee", out_dtype=KEY_KIND)
         k2 = tl.dot(coded, b2, k2, input_precision="ieee", out_dtype=KEY_KIND)
         first, second, code_1, code_2 = coming
-    w1, w2, m1, m2 = _centre(
-        k_mean + row * k_mean_row + block * k_mean_block,
-        k_weight + row * k_weight_row + block * k_weight_block, column, F, K_WEIGHTED, KEY_KIND,
-        PACKED,
-    )  # fmt: skip
+    m1, m2 = _means(k_mean + row * k_mean_row + block * k_mean_block, column, F, KEY_KIND, PACKED)
     gain = _gain(record, k_gain + block * k_gain_block, HALF, STEPS).to(KEY_KIND)[:, None]
-    k1 = k1 * gain * w1[None, :] + m1[None, :]
-    k2 = k2 * gain * w2[None, :] + m2[None, :]
+    k1 = k1 * gain + m1[None, :]
+    k2 = k2 * gain + m2[None, :]
     q1, q2 = _queries(
         query, q_cos, q_sin, row, kv, own_heads, q_row, q_head, qt_row, G, P, F, HEADS, PACKED
     )

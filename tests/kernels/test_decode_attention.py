@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -142,6 +143,42 @@ def test_basis_per_block_of_heads(blocks: int, fused: bool) -> None:
     expected = oracle(query, cos, sin, [*exact, part], states, 0.25)
     found = attend(query, cos, sin, exact, [part], 0.25, fused)
     assert_close(found.double(), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.skipif(not RUNS_TRITON, reason="needs a GPU or TRITON_INTERPRET=1")
+@pytest.mark.parametrize("weight", [0.001, 1.0, 10_000.0])
+def test_keys_in_float16_bear_every_weight(weight: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are worked out for bfloat16: how strongly queries read channels does not matter."""
+    import triton.language as tl
+
+    from adms.kernels import decode_attention_triton as host
+
+    class InFloat16:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *given, **named: self.kernel[grid](
+                *given, **{**named, "KEY_KIND": tl.float16}
+            )
+
+    monkeypatch.setattr(host.kernels, "coded_tiles", InFloat16(host.kernels.coded_tiles))
+    part = blocked_part(1, 2, 40, 16, 2)
+    keys = part.tables.keys
+    keys = dataclasses.replace(
+        keys,
+        weight=torch.full_like(keys.weight, weight),
+        deviation=(keys.deviation.float() * 20 * weight).clamp(max=65504).half(),
+    )
+    part = dataclasses.replace(part, tables=dataclasses.replace(part.tables, keys=keys))
+    query = draw(1, 4, 16, seed=2).half()
+    cos, sin = (table[:, 0] for table in rotations(1, 1, 16, 8))
+    exact = exact_part(1, 2, 9, 16)
+    exact = dataclasses.replace(exact, keys=exact.keys.half(), values=exact.values.half())
+    states = [(exact.keys, exact.values), decode(part, 2)]
+    expected = oracle(query, cos, sin, [exact, part], states, 0.25)
+    found = attend(query, cos, sin, [exact], [part], 0.25, True)
+    assert_close(found.double(), expected, atol=3e-3, rtol=3e-3)
 
 
 @pytest.mark.parametrize("name", ["low_rank", "quantized"])
