@@ -91,7 +91,8 @@ def _channels(records: torch.Tensor, bag: Bags, books: torch.Tensor) -> torch.Te
     # A CPU gathers single bytes four times faster than it selects columns of them.
     codes = records.gather(1, bag.places.long().expand(count, -1))
     words = codes + bag.words.to(torch.int32)
-    first = torch.arange(0, count * width, width, dtype=torch.int32, device=records.device)
+    # Not by steps of the width: a row of nothing but means has no codes.
+    first = torch.arange(count, dtype=torch.int32, device=records.device) * width
     starts = first.new_zeros(groups)
     starts[1:] = bag.ends[:-1]
     bags = (first[:, None] + starts).flatten()

@@ -189,6 +189,20 @@ def test_tables_decode_what_the_coder_decodes(name: str) -> None:
         assert_close(found[:, :, shown], expected[:, :, shown], atol=1e-5, rtol=1e-5)
 
 
+def test_a_row_without_any_code_decodes_to_means() -> None:
+    part, decoded = coded_part("low_rank", 2, 2, 30, 16)
+    offsets = part.tables.offsets.clone()
+    offsets[1] = -1
+    bare = dataclasses.replace(part, tables=dataclasses.replace(part.tables, offsets=offsets))
+    shown = part.valid[0]
+    sides = (part.tables.keys, part.tables.values)
+    coded = (decoded.keys, decoded.values)
+    for found, expected, side in zip(decode(bare, 2), coded, sides, strict=True):
+        assert_close(found[0][:, shown], expected[0][:, shown], atol=1e-5, rtol=1e-5)
+        mean = side.mean[1].float().view(2, 1, 16).expand(2, 30, 16)
+        assert_close(found[1], mean, atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("fused", KERNELS)
 def test_bytes_that_are_not_read_may_be_anything(fused: bool) -> None:
     part, decoded = coded_part("quantized", 1, 2, 30, 16)
