@@ -5,9 +5,10 @@ finds it nearly always, and what a model needs of a token it may need in any lay
 scores what arrives, its scores are brought to its own scale, and their mean decides. A token alone
 is of little use without those around it that lead to it: a passage stays whole or not at all. So
 scores are averaged over neighbours, and a token counts as much as the best of those means around it
-(cf. the pooling of SnapKV, Li et al., 2024, arXiv 2404.14469, which is the average alone).
+(cf. the pooling of SnapKV, Li et al., 2024, arXiv 2404.14469, which is the average alone). A
+passage may have begun before what arrives, so the last scores before it are kept.
 
-Shapes: ``L`` layers, ``B`` rows, ``N`` arriving tokens, ``M`` landmarks.
+Shapes: ``L`` layers, ``B`` rows, ``N`` arriving tokens, ``C`` tokens before them, ``M`` landmarks.
 """
 
 from collections.abc import Sequence
@@ -17,11 +18,11 @@ import torch
 
 from adms.budget import select_landmarks
 from adms.config import ADMSConfig
-from adms.tiers.landmarks import Landmarks
+from adms.tiers.landmarks import CONTEXT, Landmarks
 
-# Tokens over which a score is averaged, and those of which the best mean counts.
-NEIGHBOURS = 9
-PASSAGE = 9
+# Tokens over which a score is averaged, and those of which the best mean counts: a sentence.
+NEIGHBOURS = 25
+PASSAGE = 25
 
 
 @dataclass
@@ -35,6 +36,8 @@ class Candidates:
         scores: ``[L, B, N]`` importance on each layer's own scale.
         present: the landmarks there are, whose records are ``[L, B, M, bytes]``; None where there
             are none yet.
+        before: ``[B, C]`` scores over all layers of the last tokens that arrived before, -inf where
+            there were fewer; None where there were none.
     """
 
     rows: list[int]
@@ -42,6 +45,7 @@ class Candidates:
     tokens: torch.Tensor
     scores: torch.Tensor
     present: Landmarks | None
+    before: torch.Tensor | None = None
 
 
 def settle(parts: Sequence[list[Candidates]], counts: list[int], config: ADMSConfig) -> None:
@@ -49,7 +53,8 @@ def settle(parts: Sequence[list[Candidates]], counts: list[int], config: ADMSCon
 
     Args:
         parts: candidates of all layers, some layers at a time; each has the same groups of rows in
-            the same order. Afterwards ``present`` holds the landmarks.
+            the same order. Afterwards ``present`` holds the landmarks, and ``before`` is for the
+            tokens that arrive next.
         counts: for each part, how many landmarks its layers have room for.
         config: how places are spread over the text.
     """
@@ -57,13 +62,28 @@ def settle(parts: Sequence[list[Candidates]], counts: list[int], config: ADMSCon
         first = group[0]
         device = first.scores.device
         scores = torch.cat([part.scores.to(device) for part in group]).mean(0)
-        scores = smoothed(scores, first.tokens >= 0)
+        scores, before = _in_context(scores, first.tokens >= 0, first.before)
         choices: dict[tuple[int, torch.device], tuple[torch.Tensor, Landmarks]] = {}
         for candidates, count in zip(group, counts, strict=True):
             key = (count, candidates.scores.device)
             if key not in choices:
                 choices[key] = _choose(candidates, scores.to(key[1]), count, config)
             candidates.present = _taken(candidates, *choices[key])
+            candidates.before = before.to(key[1])
+
+
+def _in_context(
+    scores: torch.Tensor, present: torch.Tensor, before: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smoothed scores ``[B, N]``, and the last scores ``[B, C]`` once these have arrived."""
+    if before is None:
+        before = scores.new_full((len(scores), CONTEXT), -torch.inf)
+    known = torch.cat([before, scores.masked_fill(~present, -torch.inf)], dim=1)
+    there = known > -torch.inf
+    own = smoothed(known.masked_fill(~there, 0), there)[:, CONTEXT:]
+    # Rows are padded at their ends.
+    last = present.sum(1, keepdim=True) + torch.arange(CONTEXT, device=known.device)
+    return own, known.gather(1, last)
 
 
 def choose(

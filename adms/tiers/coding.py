@@ -113,7 +113,7 @@ class MiddleStack:
         """Settled landmarks as bytes to put in place."""
         writes = []
         for settled in candidates:
-            if settled.present is None:
+            if settled.present is None or settled.before is None:
                 raise RuntimeError("landmarks were written before they were settled")
             records, layers = settled.present.records, len(self.plans)
             of_layers = Landmarks(
@@ -121,7 +121,8 @@ class MiddleStack:
                 settled.present.tokens.repeat(layers, 1),
                 settled.present.scores.repeat(layers, 1),
             )
-            data = self._by_layer(self._store.slots(of_layers))
+            last = self._store.context(settled.before).repeat(layers, 1)
+            data = self._by_layer(torch.cat([self._store.slots(of_layers), last], dim=1))
             writes.append(self._landmark_write(settled.rows, self._store.header_bytes, data))
         return writes
 
@@ -180,6 +181,7 @@ class MiddleStack:
                     self._by_layer(held.tokens)[0],
                     self._by_layer(held.scores)[0],
                 ),
+                before=self._by_layer(store.read_context(present))[0],
             )
         )
         return by_layer

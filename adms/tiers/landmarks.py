@@ -23,6 +23,10 @@ from adms.ranks import ALONE, Ranks
 STAGES = 5
 # Text position and score of a landmark.
 TAIL_BYTES = 8
+# Last scores that are kept for the tokens that arrive next (``C``): as far back as a token's score
+# depends on others (``candidates``).
+CONTEXT = 24
+CONTEXT_BYTES = 2 * CONTEXT
 # Mean squared sizes of keys and values; mean and deviation of scores.
 SPREAD_BYTES = SCALE_BYTES = 8
 # Largest magnitude that float16 keeps, with room for rounding.
@@ -47,7 +51,7 @@ class Landmarks:
 
 
 class LandmarkStore:
-    """How landmarks lie in bytes: what their scores refer to, then records with their tails.
+    """How landmarks lie in bytes: what scores refer to, records with their tails, the last scores.
 
     Args:
         shape: keys and values of one token.
@@ -81,7 +85,8 @@ class LandmarkStore:
         own_bytes = self.own.header_bytes if self.own is not None else 0
         self.header_bytes = aligned(self.reference_bytes + own_bytes)
         self.slot_bytes = aligned(self.record_bytes + TAIL_BYTES)
-        self.nbytes = self.header_bytes + count * self.slot_bytes if count else 0
+        self.slots_end = self.header_bytes + count * self.slot_bytes
+        self.nbytes = self.slots_end + CONTEXT_BYTES if count else 0
 
     @classmethod
     def within(
@@ -89,8 +94,8 @@ class LandmarkStore:
     ) -> "LandmarkStore":
         """The store of as many landmarks as fit."""
         probe = cls(shape, dtype, 1, codes)
-        count = max(0, (nbytes - probe.header_bytes) // probe.slot_bytes)
-        return cls(shape, dtype, count, codes)
+        room = nbytes - probe.header_bytes - CONTEXT_BYTES
+        return cls(shape, dtype, max(0, room // probe.slot_bytes), codes)
 
     def fit(self, entries: Entries, ranks: Ranks = ALONE) -> torch.Tensor:
         """Header ``[1, header_bytes]`` from one row's tokens.
@@ -160,7 +165,8 @@ class LandmarkStore:
 
     def records(self, data: torch.Tensor) -> torch.Tensor:
         """Codes ``[B, L, bytes]`` in the bytes ``[B, nbytes]``, without a copy."""
-        slots = data[:, self.header_bytes : self.nbytes].unflatten(1, (self.count, self.slot_bytes))
+        slots = data[:, self.header_bytes : self.slots_end]
+        slots = slots.unflatten(1, (self.count, self.slot_bytes))
         return slots[..., : self.record_bytes]
 
     def tables(self, data: torch.Tensor) -> CodeTables | None:
@@ -172,7 +178,17 @@ class LandmarkStore:
 
     def read(self, data: torch.Tensor) -> Landmarks:
         """Landmarks from the bytes ``[B, nbytes]`` that hold them."""
-        return self.read_slots(data[:, self.header_bytes : self.nbytes])
+        return self.read_slots(data[:, self.header_bytes : self.slots_end])
+
+    def read_context(self, data: torch.Tensor) -> torch.Tensor:
+        """The last scores ``[B, C]`` in the bytes ``[B, nbytes]``."""
+        last = data[:, self.slots_end : self.nbytes]
+        return unpack(last, (torch.float16, (CONTEXT,)))[0].float()
+
+    def context(self, scores: torch.Tensor) -> torch.Tensor:
+        """The bytes ``[B, CONTEXT_BYTES]`` of the last scores ``[B, C]``, -inf for none."""
+        kept = scores.clamp(-HALF_LIMIT, HALF_LIMIT)
+        return pack(torch.where(scores == -torch.inf, scores, kept).half())
 
     def read_slots(self, data: torch.Tensor) -> Landmarks:
         """Landmarks from the bytes ``[B, L * slot_bytes]`` after the header."""

@@ -218,6 +218,7 @@ def test_bytes_that_are_not_read_may_be_anything(fused: bool) -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the tests above run the kernels themselves")
 @pytest.mark.skipif(not has_triton(), reason="triton is not installed")
 def test_fused_kernels_in_the_interpreter() -> None:
     """Triton reads the variable once, so the tests above run again in a process of their own."""

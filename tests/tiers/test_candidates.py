@@ -3,7 +3,9 @@
 import torch
 
 from adms.config import ADMSConfig
+from adms.entries import TokenShape
 from adms.tiers.candidates import NEIGHBOURS, PASSAGE, Candidates, settle, smoothed
+from adms.tiers.landmarks import CONTEXT, LandmarkStore
 
 CONFIG = ADMSConfig(coverage_priority=0.0)
 
@@ -12,7 +14,7 @@ def arriving(scores: list[float], layer: int) -> Candidates:
     count = len(scores)
     records = torch.full((1, count, 3), layer, dtype=torch.uint8)
     records[0, :, 0] = torch.arange(count)
-    return Candidates([0], records, torch.arange(count)[None], torch.tensor([scores]), None)
+    return Candidates([0], records, torch.arange(count)[None], torch.tensor([[scores]]), None)
 
 
 def test_a_token_counts_as_much_as_the_best_mean_around_it() -> None:
@@ -40,6 +42,47 @@ def test_a_passage_stays_whole() -> None:
     settle([[candidates]], [32], CONFIG)
     assert candidates.present is not None
     assert set(range(60, 84)) <= set(candidates.present.tokens[0].tolist())
+
+
+def test_a_passage_that_arrives_in_two_parts() -> None:
+    """Its second half counts as it would have together, with the rows' padding between."""
+    assert CONTEXT == NEIGHBOURS // 2 + PASSAGE // 2
+    scores = torch.rand(2, 90, generator=torch.Generator().manual_seed(0))
+    whole = smoothed(scores, torch.ones(2, 90, dtype=torch.bool))
+    # The first row's first part ends ten tokens earlier than the second row's.
+    cuts, before = (40, 50), None
+    for part in range(2):
+        own = [row[:cut] if part == 0 else row[cut:] for row, cut in zip(scores, cuts, strict=True)]
+        tokens = torch.full((2, 50), -1)
+        padded = torch.zeros(2, 2, 50)
+        for row, found in enumerate(own):
+            tokens[row, : len(found)] = torch.arange(len(found)) + part * cuts[row]
+            # Layers whose mean it is.
+            padded[:, row, : len(found)] = torch.stack([found - 1, found + 1])
+        records = torch.zeros(2, 2, 50, 3, dtype=torch.uint8)
+        candidates = Candidates([0, 1], records, tokens, padded, None, before)
+        settle([[candidates]], [50], CONFIG)
+        before = candidates.before
+        assert before is not None and candidates.present is not None
+    for row, cut in enumerate(cuts):
+        held = candidates.present.tokens[row]
+        held, order = held[held >= 0].sort()
+        assert held.tolist() == list(range(cut, 90))
+        found = candidates.present.scores[row][candidates.present.tokens[row] >= 0][order]
+        torch.testing.assert_close(found, whole[row, cut:])
+        torch.testing.assert_close(before[row], scores[row, -CONTEXT:])
+
+
+def test_the_last_scores_lie_in_bytes_of_their_own() -> None:
+    store = LandmarkStore(TokenShape(2, 8, 8), torch.float32, 5)
+    last = torch.linspace(-3, 9e9, CONTEXT)[None].repeat(2, 1)
+    last[1, :7] = -torch.inf
+    data = torch.zeros(2, store.nbytes, dtype=torch.uint8)
+    data[:, store.slots_end :] = store.context(last)
+    found = store.read_context(data)
+    assert (found[1, :7] == -torch.inf).all() and found[0].isfinite().all()
+    torch.testing.assert_close(found[:, :1], torch.tensor([[-3.0], [-torch.inf]]))
+    assert (store.read(data).tokens == -1).all()
 
 
 def test_the_mean_over_layers_decides_for_all() -> None:
