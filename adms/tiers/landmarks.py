@@ -187,8 +187,7 @@ class LandmarkStore:
 
     def context(self, scores: torch.Tensor) -> torch.Tensor:
         """The bytes ``[B, CONTEXT_BYTES]`` of the last scores ``[B, C]``, -inf for none."""
-        kept = scores.clamp(-HALF_LIMIT, HALF_LIMIT)
-        return pack(torch.where(scores == -torch.inf, scores, kept).half())
+        return pack(scores.clamp(max=HALF_LIMIT).half())
 
     def read_slots(self, data: torch.Tensor) -> Landmarks:
         """Landmarks from the bytes ``[B, L * slot_bytes]`` after the header."""
