@@ -217,8 +217,8 @@ def test_a_commit_takes_as_many_operations_for_any_number_of_layers(
         few = kernels_of(2, patch)
     with pytest.MonkeyPatch.context() as patch:
         many = kernels_of(12, patch)
-    # Ten of them put scores beside the last ones and keep those.
-    assert few == many <= 345
+    # Twenty of them put scores beside the last ones, keep those, and look at landmarks again.
+    assert few == many <= 355
 
 
 def one_kernel(vectors: torch.Tensor, kept: torch.Tensor, most: torch.Tensor) -> torch.Tensor:

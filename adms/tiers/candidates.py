@@ -6,11 +6,13 @@ scores what arrives, its scores are brought to its own scale, and their mean dec
 is of little use without those around it that lead to it: a passage stays whole or not at all. So
 scores are averaged over neighbours, and a token counts as much as the best of those means around it
 (cf. the pooling of SnapKV, Li et al., 2024, arXiv 2404.14469, which is the average alone). A
-passage may have begun before what arrives, so the last scores before it are kept.
+passage may have begun before what arrives and may go on behind it, so the last scores are kept, and
+the newest tokens stay until it is known what follows them.
 
 Shapes: ``L`` layers, ``B`` rows, ``N`` arriving tokens, ``C`` tokens before them, ``M`` landmarks.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +25,8 @@ from adms.tiers.landmarks import CONTEXT, Landmarks
 # Tokens over which a score is averaged, and those of which the best mean counts: a sentence.
 NEIGHBOURS = 25
 PASSAGE = 25
+# The newest tokens that stay whatever they count, of eight landmarks at most one.
+NEWEST = 8
 
 
 @dataclass
@@ -62,28 +66,42 @@ def settle(parts: Sequence[list[Candidates]], counts: list[int], config: ADMSCon
         first = group[0]
         device = first.scores.device
         scores = torch.cat([part.scores.to(device) for part in group]).mean(0)
-        scores, before = _in_context(scores, first.tokens >= 0, first.before)
+        scores, earlier, before = _in_context(scores, first.tokens >= 0, first.before)
         choices: dict[tuple[int, torch.device], tuple[torch.Tensor, Landmarks]] = {}
         for candidates, count in zip(group, counts, strict=True):
             key = (count, candidates.scores.device)
             if key not in choices:
-                choices[key] = _choose(candidates, scores.to(key[1]), count, config)
+                _rescore(candidates, earlier.to(key[1]))
+                newest = min(NEWEST, count // 8)
+                choices[key] = _choose(candidates, scores.to(key[1]), count, config, newest=newest)
             candidates.present = _taken(candidates, *choices[key])
             candidates.before = before.to(key[1])
 
 
 def _in_context(
     scores: torch.Tensor, present: torch.Tensor, before: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Smoothed scores ``[B, N]``, and the last scores ``[B, C]`` once these have arrived."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Smoothed scores ``[B, N]``, of the tokens before ``[B, C]``, and the last scores now."""
     if before is None:
         before = scores.new_full((len(scores), CONTEXT), -torch.inf)
     known = torch.cat([before, scores.masked_fill(~present, -torch.inf)], dim=1)
     there = known > -torch.inf
-    own = smoothed(known.masked_fill(~there, 0), there)[:, CONTEXT:]
+    found = smoothed(known.masked_fill(~there, 0), there)
     # Rows are padded at their ends.
     last = present.sum(1, keepdim=True) + torch.arange(CONTEXT, device=known.device)
-    return own, known.gather(1, last)
+    return found[:, CONTEXT:], found[:, :CONTEXT], known.gather(1, last)
+
+
+def _rescore(candidates: Candidates, earlier: torch.Tensor) -> None:
+    """Lets landmarks among the last tokens count what ``earlier [B, C]`` says, if it is more."""
+    if candidates.present is None:
+        return
+    tokens, scores = candidates.present.tokens, candidates.present.scores
+    place = CONTEXT - (candidates.tokens[:, :1] - tokens)
+    # Empty slots and tokens of long ago keep theirs.
+    anew = earlier.gather(1, place.clamp(0, CONTEXT - 1)).masked_fill(place < 0, -torch.inf)
+    anew = anew.masked_fill(tokens < 0, -torch.inf)
+    candidates.present = dataclasses.replace(candidates.present, scores=scores.maximum(anew))
 
 
 def choose(
@@ -128,8 +146,12 @@ def _choose(
     count: int,
     config: ADMSConfig,
     limits: torch.Tensor | None = None,
+    newest: int = 0,
 ) -> tuple[torch.Tensor, Landmarks]:
-    """Which of the present and the arriving stay ``[B, M]``, and their tokens and scores."""
+    """Which of the present and the arriving stay ``[B, M]``, and their tokens and scores.
+
+    The ``newest`` tokens of a row stay whatever their scores.
+    """
     tokens = candidates.tokens
     if candidates.present is not None:
         tokens = torch.cat([candidates.present.tokens, tokens], dim=1)
@@ -138,8 +160,9 @@ def _choose(
     if missing > 0:
         tokens = torch.nn.functional.pad(tokens, (0, missing), value=-1)
         scores = torch.nn.functional.pad(scores, (0, missing))
+    recent = tokens > tokens.amax(1, keepdim=True) - newest
     chosen = select_landmarks(
-        scores,
+        scores.masked_fill(recent, torch.inf),
         tokens,
         count,
         segments=config.coverage_segments,
