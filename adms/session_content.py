@@ -114,6 +114,7 @@ def describe_plan(plan: MiddlePlan) -> dict[str, Any]:
         **vars(plan.geometry),
         "arena_bytes": plan.arena_bytes,
         "landmark_offset": plan.landmark_offset,
+        "landmark_bytes": plan.store.nbytes if plan.store is not None else 0,
         "header_bytes": coder.header_bytes if coder is not None else 0,
         "record_bytes": coder.record_bytes if coder is not None else 0,
     }
