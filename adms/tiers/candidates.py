@@ -99,8 +99,8 @@ def _rescore(candidates: Candidates, earlier: torch.Tensor) -> None:
     tokens, scores = candidates.present.tokens, candidates.present.scores
     place = CONTEXT - (candidates.tokens[:, :1] - tokens)
     # Empty slots and tokens of long ago keep theirs.
-    anew = earlier.gather(1, place.clamp(0, CONTEXT - 1)).masked_fill(place < 0, -torch.inf)
-    anew = anew.masked_fill(tokens < 0, -torch.inf)
+    others = (place < 0) | (tokens < 0)
+    anew = earlier.gather(1, place.clamp(0, CONTEXT - 1)).masked_fill(others, -torch.inf)
     candidates.present = dataclasses.replace(candidates.present, scores=scores.maximum(anew))
 
 
