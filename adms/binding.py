@@ -19,10 +19,12 @@ from adms.config import ADMSConfig, Sizes
 from adms.entries import TokenShape
 from adms.errors import CacheStateError
 from adms.gates.shares import in_proportion
-from adms.importance import Metric
+from adms.importance import Metric, compares
+from adms.importance.rarity import APART
 from adms.kernels import Kernel
 from adms.places import MiddleGeometry
 from adms.ranks import ALONE, Ranks
+from adms.tiers.comparing import comparing_layers
 from adms.tiers.head_landmarks import HeadLandmarkStore
 from adms.tiers.landmarks import ALIGNMENT, LandmarkStore, aligned
 from adms.tiers.middle import MiddlePlan
@@ -230,10 +232,21 @@ class Binding:
         if self.compressor.needs_rotation:
             rotate = partial(rotate_to, self.kinds[layer_idx].scheme)
             context = replace(context, rotate=rotate, distance=sizes.recent)
-        key = (layer_idx if context.is_layer_specific else -1, shape, dtype)
+        compares = layer_idx in self._comparing
+        key = (layer_idx if context.is_layer_specific else -1, shape, dtype, compares)
         if key not in self._plans:
-            self._plans[key] = self._make_plan(self.compressor, context, sizes)
+            plan = self._make_plan(self.compressor, context, sizes)
+            self._plans[key] = replace(plan, compares=compares)
         return self._plans[key]
+
+    @functools.cached_property
+    def _comparing(self) -> frozenset[int]:
+        """Layers in which the metric is shown other tokens."""
+        held = [index for index, kind in enumerate(self.kinds) if kind.plain is None]
+        reach = self.exact_tokens + self.sizes.recent
+        asked = compares(self.metric) and not self.config.use_adaptive_budget
+        # Where hardly any two tokens are apart there is nothing to compare.
+        return comparing_layers(held) if held and asked and reach >= 4 * APART else frozenset()
 
     @functools.cached_property
     def _parts(self) -> dict[int, float]:

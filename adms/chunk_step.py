@@ -114,6 +114,11 @@ class ChunkStep:
         """``[R]`` int64, tokens that have left the recent tier."""
         return self.counts[1]
 
+    @property
+    def seen(self) -> torch.Tensor:
+        """``[R]`` int64, tokens that were written to the ring, those of the pass left out."""
+        return self.counts[0]
+
     def count_on(self, count: int) -> None:
         """Once ``count`` tokens have come and gone."""
         self.counts[:2] += count

@@ -18,7 +18,15 @@ from adms.positions import ForwardView
 from adms.stack import LayerStack, lay_together
 from adms.tiers.arrivals import Arrivals
 from adms.tiers.candidates import Candidates, settle
-from adms.tiers.exact import Moves, keep_overwritten, leaving_entries, plan_moves, write_moves
+from adms.tiers.comparing import Window
+from adms.tiers.exact import (
+    Moves,
+    keep_overwritten,
+    leaving_entries,
+    plan_moves,
+    ring_window,
+    write_moves,
+)
 from adms.tiers.undo import Undo
 from adms.tiers.window import WindowLayer
 from adms.tiers.writes import Write
@@ -138,8 +146,19 @@ class Commit:
                 arrivals,
                 lambda layer, row: self._staying(stack.layers[layer], row),
                 stack.queries,
+                lambda: self._window(stack),
             )
         return work
+
+    def _window(self, stack: LayerStack) -> Window:
+        """The ring before this commit; what lies in it first stays for a while."""
+        timeline, view = self.timeline, self.view
+        written = [
+            seen + (new if view.in_ring else 0)
+            for seen, new in zip(timeline.seen, view.new, strict=True)
+        ]
+        counts = torch.tensor(written).to(stack.exact.keys.device, non_blocking=True)
+        return ring_window(stack.exact, counts, timeline.sizes)
 
     def _staying(self, layer: ADMSLayer, row: int) -> Entries:
         """One row's exact tokens after those that leave, in order ``[1, K, N, ...]``.

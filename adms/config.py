@@ -65,7 +65,7 @@ class ADMSConfig:
     compression_interval: int = 8
     svd_max_tokens: int = 512
     importance_ratio: float = 0.1
-    importance_metric: str = "novelty"
+    importance_metric: str = "rarity"
     min_importance_tokens: int = 4
     use_adaptive_budget: bool = False
     coverage_segments: int = 4

@@ -11,6 +11,7 @@ Shapes: ``L`` layers, ``B`` rows, ``K`` KV heads, ``N`` tokens that leave.
 """
 
 import weakref
+from functools import partial
 from typing import Any, Protocol, Self
 
 import torch
@@ -19,7 +20,7 @@ from adms.commit import Work, settle_landmarks, stacks_of
 from adms.entries import Entries
 from adms.layer import ADMSLayer
 from adms.step_capture import capturing, rehearsing
-from adms.tiers.exact import at_slots
+from adms.tiers.exact import at_slots, ring_window
 from adms.tiers.undo import Undo
 
 # Rehearsals before a capture, in which kernels are compiled and libraries set themselves up.
@@ -42,6 +43,10 @@ class StaticPass(Protocol):
     @property
     def evicted(self) -> torch.Tensor:
         """``[R]`` int64, tokens that have left the recent tier."""
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """``[R]`` int64, tokens that were written to the ring."""
 
     def count_on(self, count: int) -> None:
         """Brings what lies on the device up to date once ``count`` tokens have left."""
@@ -131,7 +136,10 @@ class SteadyCommit:
                 at_slots(stack.exact.keys, slots), at_slots(stack.exact.values, slots)
             )
             work.writes, work.candidates = stack.middle.prepare_steady(
-                entries, evicted - sizes.sink, sizes.sink
+                entries,
+                evicted - sizes.sink,
+                sizes.sink,
+                partial(ring_window, stack.exact, owner.seen.expand(owner.batch), sizes),
             )
             self.works.append(work)
         settle_landmarks(self.works)

@@ -224,6 +224,13 @@ class DecodeStep:
             raise RuntimeError("a commit before the step has its buffers")
         return self.held.evicted
 
+    @property
+    def seen(self) -> torch.Tensor:
+        """``[R]`` int64, tokens that were written to the ring, that of the pass among them."""
+        if self.held is None:
+            raise RuntimeError("a commit before the step has its buffers")
+        return self.held.seen
+
     def outdate(self) -> None:
         """Has what is held worked out anew before the next pass."""
         self.stale = True

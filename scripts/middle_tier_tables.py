@@ -1,7 +1,7 @@
 """The tables of docs/middle-tier.md: every figure from an ``adms`` command in a folder of its own.
 
     python scripts/middle_tier_tables.py handbook.txt pydoc sotu.txt --output outputs/middle-tier
-        [--tables sizes,methods,compressors,settings,sinks,recall,beyond] [--model smollm2]
+        [--tables sizes,methods,compressors,settings,sinks,recall,texts,beyond] [--model smollm2]
         [--devices cuda:0,cuda:1] [--jobs 8] [--list]
 
 ``--list`` prints the commands and runs none. The same call goes on where a kill or ``--limit``
@@ -43,7 +43,7 @@ SETTINGS = (
         f"importance_metric={name}"
         for name in (
             *("value_norm", "key_norm", "mixed", "attention"),
-            *("key_diff", "expected_attention", "snap", "coding_error"),
+            *("key_diff", "expected_attention", "snap", "coding_error", "novelty"),
         )
     ),
     *("importance_ratio=0", "importance_ratio=0.05", "importance_ratio=0.2"),
@@ -162,10 +162,12 @@ def sink_jobs(texts: Sequence[str]) -> Iterable[Job]:
         yield Job("sinks", (words, str(budget)), short_name(text), tuple(arguments))
 
 
-def question(text: str, kind: str, length: int, methods: str, *more: str) -> tuple[str, ...]:
+def question(
+    text: str, kind: str, length: int, methods: str, *more: str, most_stride: int = 24000
+) -> tuple[str, ...]:
     """``adms passkey`` with ten questions a cell, in bfloat16: the long ones are for a GPU."""
     # Ten texts of 65,536 tokens that begin so far apart fit into 288,000.
-    stride = min(length, 24000)
+    stride = min(length, most_stride)
     trials = ["--trials", "10", "--together", "50", "--stride", str(stride)]
     place = ["--text", text, "--kinds", kind, "--lengths", str(length), "--dtype", "bfloat16"]
     return ("passkey", *place, *trials, "--methods", methods, *more)
@@ -187,11 +189,27 @@ def recall_jobs(texts: Sequence[str]) -> Iterable[Job]:
             yield Job("recall", (kind, name), str(length), arguments)
 
 
+def text_jobs(texts: Sequence[str]) -> Iterable[Job]:
+    """Passkeys at 512 tokens in the other texts, by what chooses the landmarks."""
+    for text, length, words in itertools.product(
+        texts[:-1],
+        (2048, 4096, 8064, 16384),
+        ("", "importance_metric=novelty", "importance_ratio=0"),
+    ):
+        chosen = ("--depths", FEW_DEPTHS, *with_settings(words))
+        # Ten texts that begin so far apart fit into 100,000 tokens.
+        arguments = question(text, "passkey", length, "adms", *chosen, most_stride=9000)
+        yield Job("texts", (short_name(text), words or "default"), str(length), arguments)
+
+
 def beyond_jobs(texts: Sequence[str]) -> Iterable[Job]:
     """What survives when a middle of some 1,000 tokens has seen many times as much."""
     text = texts[-1]
     for words, length in itertools.product(
-        ("", "importance_metric=value_norm", "coverage_priority=1", "importance_ratio=0"),
+        (
+            *("", "importance_metric=novelty", "importance_metric=value_norm"),
+            *("coverage_priority=1", "importance_ratio=0"),
+        ),
         (1024, 2048, 4096, 16384, 65536),
     ):
         arguments = question(text, "passkey", length, "adms", "--depths", FEW_DEPTHS, *sizes(256))
@@ -206,6 +224,7 @@ TABLES: dict[str, Callable[[Sequence[str]], Iterable[Job]]] = {
     "settings": setting_jobs,
     "sinks": sink_jobs,
     "recall": recall_jobs,
+    "texts": text_jobs,
     "beyond": beyond_jobs,
 }
 
@@ -446,6 +465,7 @@ SHOWN: dict[str, Callable[[list[Job], Path], list[Row]]] = {
     "settings": adms_table,
     "sinks": sink_table,
     "recall": recall_table,
+    "texts": recall_table,
     "beyond": recall_table,
 }
 

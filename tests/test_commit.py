@@ -254,5 +254,6 @@ def test_a_commit_takes_as_many_operations_for_any_number_of_layers(
     # A CPU looks for codewords in pieces that stay in its cache.
     monkeypatch.setattr(adms.compressors.codebooks, "SEARCHED_TOGETHER", 10**9)
     few, many = (most_kernels(layers, step, monkeypatch) for layers in (2, 12))
-    # 210 without the search for codewords, which is many small operations on a CPU.
-    assert few == many <= 390
+    # 320 without the search for codewords, which is many small operations on a CPU; a hundred are
+    # of the one layer in ten that compares tokens with what the stream holds.
+    assert few == many <= 500

@@ -217,8 +217,9 @@ def test_a_commit_takes_as_many_operations_for_any_number_of_layers(
         few = kernels_of(2, patch)
     with pytest.MonkeyPatch.context() as patch:
         many = kernels_of(12, patch)
-    # Twenty of them put scores beside the last ones, keep those, and look at landmarks again.
-    assert few == many <= 355
+    # Twenty of them put scores beside the last ones, keep those, and look at landmarks again; a
+    # hundred are of the one layer in ten that compares tokens with what the stream holds.
+    assert few == many <= 465
 
 
 def one_kernel(vectors: torch.Tensor, kept: torch.Tensor, most: torch.Tensor) -> torch.Tensor:

@@ -5,13 +5,27 @@ size of keys/values.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from adms.entries import Entries
+from adms.ranks import ALONE, Ranks
 from adms.registry import Registry
+
+
+@dataclass(frozen=True)
+class Others:
+    """Tokens of the stream that others are compared with.
+
+    Attributes:
+        keys: ``[B, K, M, D]`` exact ones and decoded ones, before positions.
+        tokens: ``[B, M]`` their text positions, -1 where there is none.
+    """
+
+    keys: torch.Tensor
+    tokens: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,11 @@ class Evidence:
         block_tokens: tokens that were coded together.
         key_mean: ``[B, K, D]`` mean key of the stream's first tokens; None where there were none.
         key_directions: ``[B, K, R, D]`` orthonormal directions along which those vary most.
+        tokens: ``[B, N]`` text positions, -1 where a row has fewer tokens; None where ``others``
+            is.
+        others: gives what the stream holds beside them; None but for metrics with an attribute
+            ``compares``, in the few layers that are asked.
+        ranks: those that hold the layer's other heads.
     """
 
     queries: torch.Tensor | None
@@ -36,6 +55,9 @@ class Evidence:
     block_tokens: int = 1
     key_mean: torch.Tensor | None = None
     key_directions: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+    others: Callable[[], Others] | None = None
+    ranks: Ranks = ALONE
 
     @cached_property
     def decoded(self) -> Entries:
@@ -44,6 +66,26 @@ class Evidence:
         Fewer entries where a compressor folds several tokens into one.
         """
         return self.decode()
+
+    def of_rows(self, rows: slice) -> "Evidence":
+        """The same of some rows."""
+
+        def taken(part: torch.Tensor | None) -> torch.Tensor | None:
+            return None if part is None else part[rows]
+
+        def decode() -> Entries:
+            whole = self.decoded
+            return Entries(whole.keys[rows], whole.values[rows], taken(whole.log_weight))
+
+        return replace(
+            self,
+            queries=taken(self.queries),
+            decode=decode,
+            key_spread=self.key_spread[rows],
+            value_spread=self.value_spread[rows],
+            key_mean=taken(self.key_mean),
+            key_directions=taken(self.key_directions),
+        )
 
 
 # Entries and evidence -> scores [B, N], higher is more important. Rows know nothing of each other:
@@ -67,3 +109,8 @@ def register_metric(name: str, metric: Metric, *, replace: bool = False) -> Metr
 def needs_queries(metric: Metric) -> bool:
     """Whether a metric looks at queries (it says so by an attribute ``needs_queries``)."""
     return bool(getattr(metric, "needs_queries", False))
+
+
+def compares(metric: Metric) -> bool:
+    """Whether a metric looks at other tokens in some layers (by an attribute ``compares``)."""
+    return bool(getattr(metric, "compares", False))

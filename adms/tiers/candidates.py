@@ -25,6 +25,8 @@ from adms.tiers.landmarks import CONTEXT, Landmarks
 # Tokens over which a score is averaged, and those of which the best mean counts: a sentence.
 NEIGHBOURS = 25
 PASSAGE = 25
+# Weight of what layers say that see a token alone, beside those that compare it with others.
+ALONE_WEIGHT = 0.25
 # The newest tokens that stay whatever they count, of eight landmarks at most one.
 NEWEST = 8
 
@@ -42,6 +44,7 @@ class Candidates:
             are none yet.
         before: ``[B, C]`` scores over all layers of the last tokens that arrived before, -inf where
             there were fewer; None where there were none.
+        comparing: layers whose metric was shown other tokens.
     """
 
     rows: list[int]
@@ -50,6 +53,7 @@ class Candidates:
     scores: torch.Tensor
     present: Landmarks | None
     before: torch.Tensor | None = None
+    comparing: Sequence[int] = ()
 
 
 def settle(parts: Sequence[list[Candidates]], counts: list[int], config: ADMSConfig) -> None:
@@ -65,7 +69,7 @@ def settle(parts: Sequence[list[Candidates]], counts: list[int], config: ADMSCon
     for group in zip(*parts, strict=True):
         first = group[0]
         device = first.scores.device
-        scores = torch.cat([part.scores.to(device) for part in group]).mean(0)
+        scores = _over_layers(group, device)
         scores, earlier, before = _in_context(scores, first.tokens >= 0, first.before)
         choices: dict[tuple[int, torch.device], tuple[torch.Tensor, Landmarks]] = {}
         for candidates, count in zip(group, counts, strict=True):
@@ -76,6 +80,17 @@ def settle(parts: Sequence[list[Candidates]], counts: list[int], config: ADMSCon
                 choices[key] = _choose(candidates, scores.to(key[1]), count, config, newest=newest)
             candidates.present = _taken(candidates, *choices[key])
             candidates.before = before.to(key[1])
+
+
+def _over_layers(group: Sequence[Candidates], device: torch.device) -> torch.Tensor:
+    """Scores ``[B, N]``: those of layers that compare, and a share of the others' mean."""
+    every = torch.cat([part.scores.to(device) for part in group])
+    compared = [part.scores[layer].to(device) for part in group for layer in part.comparing]
+    if not compared:
+        return every.mean(0)
+    shown = torch.stack(compared).sum(0)
+    others = max(1, len(every) - len(compared))
+    return shown / len(compared) + ALONE_WEIGHT * (every.sum(0) - shown) / others
 
 
 def _in_context(

@@ -11,6 +11,7 @@ Shapes: ``L`` layers, ``B`` rows, ``H`` query heads, ``K`` KV heads, ``N`` arriv
 records, ``Q`` queries, ``D`` head size.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,9 +19,10 @@ import torch
 
 from adms.compressors.base import Coder
 from adms.entries import Entries
-from adms.importance import Evidence
+from adms.importance import Evidence, Others
 from adms.tiers.arrivals import Arrivals, Group, gather
 from adms.tiers.candidates import Candidates
+from adms.tiers.comparing import Window, others_of
 from adms.tiers.head_landmarks import Arriving, HeadLandmarkStore
 from adms.tiers.landmarks import Landmarks, LandmarkStore
 from adms.tiers.middle import MiddlePlan, MiddleTier, as_one, join_entries
@@ -49,6 +51,7 @@ class MiddleStack:
         arrivals: Arrivals,
         recent: Callable[[int, int], Entries],
         queries: torch.Tensor | None,
+        window: Callable[[], Window],
     ) -> tuple[list[Write], list[Candidates]]:
         """Works out what arriving tokens change, without changing anything.
 
@@ -61,6 +64,7 @@ class MiddleStack:
             recent: gives the exact tokens of the window ``[1, K, N, ...]`` of a layer (counted
                 within the stack) and a row, in order: more material for a fit.
             queries: ``[L, B, H, Q, D]`` the pass's queries before positions, or None.
+            window: gives the ring as it is.
         """
         geometry = self.plan.geometry
         stay_raw, stay_coded, turn = [], [], []
@@ -82,14 +86,14 @@ class MiddleStack:
             writes.append(self.slots.ring_write(records, arrivals, stay_raw, raw, 0))
         if stay_coded:
             group = gather(leaving, arrivals, stay_coded, queries)
-            records = self._append(group, writes, candidates)
+            records = self._append(group, arrivals.sink, window, writes, candidates)
             writes += self.slots.record_writes(self._coder, records, arrivals, stay_coded)
         for row in turn:
             writes += self._turn(leaving, arrivals, row, recent, queries, candidates)
         return writes, candidates
 
     def prepare_steady(
-        self, leaving: Entries, totals: torch.Tensor, sink: int
+        self, leaving: Entries, totals: torch.Tensor, sink: int, window: Callable[[], Window]
     ) -> tuple[list[Write], list[Candidates]]:
         """``prepare`` of as many tokens in every row, all of which are coded already.
 
@@ -99,6 +103,7 @@ class MiddleStack:
             leaving: ``[L, B, K, N, ...]``, whole records and no more than there are slots.
             totals: ``[B]`` int64, tokens that have entered before.
             sink: number of sinks.
+            window: gives the ring as it is.
         """
         width = leaving.keys.shape[3]
         tokens = sink + totals[:, None] + torch.arange(width, device=self.device)
@@ -106,7 +111,7 @@ class MiddleStack:
         group = Group(list(range(len(totals))), slice(None), tokens, entries, None)
         writes: list[Write] = []
         candidates: list[Candidates] = []
-        records = self._append(group, writes, candidates)
+        records = self._append(group, sink, window, writes, candidates)
         return [*writes, *self.slots.steady_writes(self._coder, records, totals)], candidates
 
     def landmark_writes(self, candidates: list[Candidates]) -> list[Write]:
@@ -139,7 +144,12 @@ class MiddleStack:
     # --- rows that are coded -----------------------------------------------------------------
 
     def _append(
-        self, group: Group, writes: list[Write], candidates: list[Candidates]
+        self,
+        group: Group,
+        sink: int,
+        window: Callable[[], Window],
+        writes: list[Write],
+        candidates: list[Candidates],
     ) -> torch.Tensor:
         """Codes ``[L, B, R, bytes]`` of tokens that arrive where others are coded already.
 
@@ -164,8 +174,15 @@ class MiddleStack:
             )
             return by_layer
         evidence = _evidence(store, coder, header, records, landmark_header, group.queries)
+        scores = self._by_layer(self.plan.metric(group.entries, evidence).float())
+        comparing = _comparing(self.plans)
+        if comparing:
+            by_layers, around = list(scores), window()
+            for layer in comparing:
+                by_layers[layer] = self._compared(layer, group, sink, around, evidence)
+            scores = torch.stack(by_layers)
         # Metrics add up over heads, and heads may lie with several processes.
-        scores = self.plan.ranks.total(self.plan.metric(group.entries, evidence).float())
+        scores = self.plan.ranks.total(scores.flatten(0, 1))
         held = store.read(present)
         candidates.append(
             Candidates(
@@ -182,9 +199,27 @@ class MiddleStack:
                     self._by_layer(held.scores)[0],
                 ),
                 before=self._by_layer(store.read_context(present))[0],
+                comparing=comparing,
             )
         )
         return by_layer
+
+    def _compared(
+        self, layer: int, group: Group, sink: int, window: Window, evidence: Evidence
+    ) -> torch.Tensor:
+        """Scores ``[B, N]`` by one layer, which is shown what the stream holds."""
+        plan, data = self.plans[layer], self.arena[layer, group.index]
+        count = len(group.tokens)
+        own = slice(layer * count, (layer + 1) * count)
+        keys, tokens = group.entries.keys[own], group.tokens
+        around = window.keys[layer, group.index], window.tokens[group.index]
+        shown = dataclasses.replace(
+            evidence.of_rows(own),
+            tokens=tokens,
+            others=lambda: others_of(plan, data, keys, tokens, sink, around),
+            ranks=plan.ranks,
+        )
+        return plan.metric(Entries(keys, group.entries.values[own]), shown).float()
 
     # --- rows that turn from exact to coded --------------------------------------------------
 
@@ -210,7 +245,9 @@ class MiddleStack:
             parts = [arriving] if held is None else [held, arriving]
             own = None if queries is None else queries[layer, row : row + 1]
             group = Group([row], slice(None), tokens, join_entries(parts), own)
-            turned.append(_turned(plan, group, join_entries([*parts, recent(layer, row)])))
+            turned.append(
+                _turned(plan, group, join_entries([*parts, recent(layer, row)]), arrivals.sink)
+            )
         writes = [self.slots.constant_write([row], 0, _stack([one.header for one in turned]))]
         records = _stack([one.records for one in turned])
         anew = Arrivals(arrivals.starts, [0] * row + [size], [0] * (row + 1), arrivals.sink)
@@ -228,6 +265,7 @@ class MiddleStack:
                     tokens=tokens,
                     scores=torch.cat([one.scores for one in arrived]),
                     present=None,
+                    comparing=_comparing(self.plans),
                 )
             )
         return writes
@@ -276,8 +314,11 @@ class _Turned:
     candidates: Candidates | None
 
 
-def _turned(plan: MiddlePlan, group: Group, material: Entries) -> _Turned:
-    """Fits a layer's codes to ``material`` and codes the tokens of one row with them."""
+def _turned(plan: MiddlePlan, group: Group, material: Entries, sink: int) -> _Turned:
+    """Fits a layer's codes to ``material`` and codes the tokens of one row with them.
+
+    The material are all tokens after the sinks, in order.
+    """
     coder, store = plan.coder, plan.store
     if coder is None:
         raise RuntimeError("a middle without a coder was to be coded")
@@ -292,6 +333,14 @@ def _turned(plan: MiddlePlan, group: Group, material: Entries) -> _Turned:
         return _Turned(header, records, torch.cat([own, chosen], dim=1), None)
     own = store.fit(group.entries, plan.ranks)
     evidence = _evidence(store, coder, header, records, own, group.queries)
+    if plan.compares:
+        places = sink + torch.arange(material.num_entries, device=group.tokens.device)[None]
+        evidence = dataclasses.replace(
+            evidence,
+            tokens=group.tokens,
+            others=lambda: Others(material.keys, places),
+            ranks=plan.ranks,
+        )
     scores = plan.ranks.total(plan.metric(group.entries, evidence).float())
     own = store.with_scale(own, scores)
     candidates = Candidates(
@@ -327,6 +376,11 @@ def _arriving(coder: Coder, header: torch.Tensor, records: torch.Tensor, group: 
         coder.block_tokens,
         group.queries,
     )
+
+
+def _comparing(plans: Sequence[MiddlePlan]) -> list[int]:
+    """Which of these layers compare."""
+    return [layer for layer, plan in enumerate(plans) if plan.compares]
 
 
 def _stack(parts: list[torch.Tensor]) -> torch.Tensor:

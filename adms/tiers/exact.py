@@ -10,8 +10,9 @@ import torch
 
 from adms.config import Sizes
 from adms.entries import Entries
+from adms.tiers.comparing import Window
 from adms.tiers.undo import Undo
-from adms.timeline import Timeline
+from adms.timeline import Timeline, ring_tokens
 
 
 class ExactTier:
@@ -154,6 +155,17 @@ def at_slots(states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     rows = torch.arange(states.shape[1], device=states.device)[:, None]
     # [B, N, L, K, D], since indices that stand apart come first.
     return states[:, rows, :, slots].permute(2, 0, 3, 1, 4)
+
+
+def ring_window(tier: ExactTier, written: torch.Tensor, sizes: Sizes) -> Window:
+    """What a metric is shown of the ring of all layers, ``[L, B, ...]``.
+
+    Args:
+        tier: of all layers.
+        written: ``[B]`` tokens that were ever written to it.
+        sizes: of the cache.
+    """
+    return Window(tier.keys[:, :, :, sizes.sink :], ring_tokens(written, sizes.ring))
 
 
 def leaving_entries(tier: ExactTier, staged: Entries | None, moves: Moves) -> Entries:

@@ -46,6 +46,7 @@ class MiddlePlan:
         metric: scores tokens for landmarks.
         config: parameters of the landmarks' choice.
         ranks: the processes that hold the layer's other heads.
+        compares: whether the metric is shown other tokens in this layer.
     """
 
     shape: TokenShape
@@ -58,6 +59,7 @@ class MiddlePlan:
     metric: Metric
     config: ADMSConfig
     ranks: Ranks = ALONE
+    compares: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MiddlePlan":
         # It belongs to the binding, which copies of a cache share, and so does what it leads to.
