@@ -151,14 +151,15 @@ class Commit:
         return work
 
     def _window(self, stack: LayerStack) -> Window:
-        """The ring before this commit; what lies in it first stays for a while."""
+        """The recent tokens before this commit, those that leave among them."""
         timeline, view = self.timeline, self.view
         written = [
             seen + (new if view.in_ring else 0)
             for seen, new in zip(timeline.seen, view.new, strict=True)
         ]
-        counts = torch.tensor(written).to(stack.exact.keys.device, non_blocking=True)
-        return ring_window(stack.exact, counts, timeline.sizes)
+        counts = torch.tensor([written, timeline.evicted])
+        counts = counts.to(stack.exact.keys.device, non_blocking=True)
+        return ring_window(stack.exact, counts[0], counts[1], timeline.sizes)
 
     def _staying(self, layer: ADMSLayer, row: int) -> Entries:
         """One row's exact tokens after those that leave, in order ``[1, K, N, ...]``.

@@ -139,7 +139,7 @@ class SteadyCommit:
                 entries,
                 evicted - sizes.sink,
                 sizes.sink,
-                partial(ring_window, stack.exact, owner.seen.expand(owner.batch), sizes),
+                partial(ring_window, stack.exact, owner.seen.expand(owner.batch), evicted, sizes),
             )
             self.works.append(work)
         settle_landmarks(self.works)

@@ -45,7 +45,7 @@ class Evidence:
             is.
         others: gives what the stream holds beside them; None but for metrics with an attribute
             ``compares``, in the few layers that are asked.
-        ranks: those that hold the layer's other heads.
+        ranks: where there are ``others``, the processes that hold the layer's other heads.
     """
 
     queries: torch.Tensor | None
@@ -68,7 +68,7 @@ class Evidence:
         return self.decode()
 
     def of_rows(self, rows: slice) -> "Evidence":
-        """The same of some rows."""
+        """The same of some rows, which see no others."""
 
         def taken(part: torch.Tensor | None) -> torch.Tensor | None:
             return None if part is None else part[rows]
@@ -85,11 +85,14 @@ class Evidence:
             value_spread=self.value_spread[rows],
             key_mean=taken(self.key_mean),
             key_directions=taken(self.key_directions),
+            tokens=None,
+            others=None,
         )
 
 
 # Entries and evidence -> scores [B, N], higher is more important. Rows know nothing of each other:
-# they are those of a batch, of several layers, or single heads. Where ranks share the heads between
+# they are those of a batch, of several layers, or single heads. One that compares is called again
+# for the layers that are shown others. Where ranks share the heads between
 # them, their scores are added up.
 Metric = Callable[[Entries, Evidence], torch.Tensor]
 

@@ -5,9 +5,12 @@ import torch
 from adms.entries import Entries
 from adms.importance.base import Evidence, register_metric
 from adms.importance.novelty import novelty
+from adms.ranks import Ranks
 
 # Tokens nearer than this in the text are no other ones: a fact may say its number twice.
 APART = 40
+# Tokens that are compared at once: a stream that turns to codes brings a whole middle.
+TOGETHER = 512
 
 
 def rarity(entries: Entries, evidence: Evidence) -> torch.Tensor:
@@ -26,16 +29,35 @@ def rarity(entries: Entries, evidence: Evidence) -> torch.Tensor:
     keys, others = entries.keys.float(), evidence.others()
     # Distances are differences of squares, so what is common is taken away first.
     common = keys.mean(2) if evidence.key_mean is None else evidence.key_mean
-    squares = _squares(keys - common[:, :, None], others.keys.float() - common[:, :, None])
-    near = (evidence.tokens[:, :, None] - others.tokens[:, None]).abs() < APART
-    none = near | (others.tokens < 0)[:, None]
-    least = evidence.ranks.total(squares).masked_fill(none, torch.inf).amin(2)
+    own, other = keys - common[:, :, None], others.keys.float() - common[:, :, None]
+    least = torch.cat(
+        [
+            _nearest(some, tokens, other, others.tokens, evidence.ranks)
+            for some, tokens in zip(
+                own.split(TOGETHER, dim=2), evidence.tokens.split(TOGETHER, dim=1), strict=True
+            )
+        ],
+        dim=1,
+    )
     known = (least < torch.inf) & (evidence.tokens >= 0)
     found = least.clamp(min=0).sqrt().masked_fill(~known, 0)
     # Tokens that have no other get the mean of those that have.
     mean = found.sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)
     # Each rank says the same, and what ranks say is added up.
     return torch.where(known, found, mean) / evidence.ranks.size
+
+
+def _nearest(
+    own: torch.Tensor,
+    tokens: torch.Tensor,
+    other: torch.Tensor,
+    places: torch.Tensor,
+    ranks: Ranks,
+) -> torch.Tensor:
+    """Least squared distance ``[B, N]`` of tokens to others that are apart, inf where none is."""
+    near = (tokens[:, :, None] - places[:, None]).abs() < APART
+    squares = ranks.total(_squares(own, other))
+    return squares.masked_fill(near | (places < 0)[:, None], torch.inf).amin(2)
 
 
 def _squares(own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

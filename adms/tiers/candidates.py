@@ -15,6 +15,7 @@ Shapes: ``L`` layers, ``B`` rows, ``N`` arriving tokens, ``C`` tokens before the
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -84,13 +85,18 @@ def settle(parts: Sequence[list[Candidates]], counts: list[int], config: ADMSCon
 
 def _over_layers(group: Sequence[Candidates], device: torch.device) -> torch.Tensor:
     """Scores ``[B, N]``: those of layers that compare, and a share of the others' mean."""
-    every = torch.cat([part.scores.to(device) for part in group])
-    compared = [part.scores[layer].to(device) for part in group for layer in part.comparing]
-    if not compared:
+    every, comparing, first = torch.cat([part.scores.to(device) for part in group]), [], 0
+    for part in group:
+        comparing += [first + layer for layer in part.comparing]
+        first += len(part.scores)
+    if len(comparing) in (0, first):
         return every.mean(0)
-    shown = torch.stack(compared).sum(0)
-    others = max(1, len(every) - len(compared))
-    return shown / len(compared) + ALONE_WEIGHT * (every.sum(0) - shown) / others
+    shown = torch.stack([every[layer] for layer in comparing])
+    # What lies between them, without a list of places that the host would have to send.
+    alone = torch.cat(
+        [every[last + 1 : layer] for last, layer in pairwise([-1, *comparing, first])]
+    )
+    return shown.mean(0) + ALONE_WEIGHT * alone.mean(0)
 
 
 def _in_context(

@@ -1,8 +1,8 @@
 """What a stream holds beside arriving tokens, for metrics that compare (``Evidence.others``).
 
 Before them lie codes, after them the window; both matter, since what a text is about comes again
-before long. Codes are decoded for this, so only a part of them is, spread evenly, and only in a few
-layers: a choice for all layers needs no more.
+before long. Codes are decoded for this, so only a part of them is (of the whole ones, where others
+are cut), spread evenly, and only in a few layers: a choice for all layers needs no more.
 
 Shapes: ``B`` rows, ``K`` KV heads, ``N`` arriving tokens, ``S`` slots of the window, ``D`` head
 size.
@@ -31,7 +31,7 @@ class Window:
 
     Attributes:
         keys: ``[L, B, K, S, D]`` all slots of the ring, before positions.
-        tokens: ``[B, S]`` their text positions, negative where nothing was ever written.
+        tokens: ``[B, S]`` their text positions, negative where none of them lies.
     """
 
     keys: torch.Tensor
@@ -39,7 +39,10 @@ class Window:
 
 
 def comparing_layers(layers: list[int]) -> frozenset[int]:
-    """Those of ``layers`` that compare: one in ten, the first after a quarter of the depth."""
+    """Those of ``layers`` that compare: one in ten, evenly spread, rather late (8, 16, 24 of 30).
+
+    One whose bytes stay exact compares nothing; where none is left, all see tokens alone.
+    """
     count = max(1, round(len(layers) / LAYERS_EACH))
     return frozenset(
         layers[4 * place * len(layers) // (4 * count + 3)] for place in range(1, count + 1)

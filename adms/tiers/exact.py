@@ -157,15 +157,21 @@ def at_slots(states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     return states[:, rows, :, slots].permute(2, 0, 3, 1, 4)
 
 
-def ring_window(tier: ExactTier, written: torch.Tensor, sizes: Sizes) -> Window:
+def ring_window(
+    tier: ExactTier, written: torch.Tensor, evicted: torch.Tensor, sizes: Sizes
+) -> Window:
     """What a metric is shown of the ring of all layers, ``[L, B, ...]``.
 
     Args:
         tier: of all layers.
-        written: ``[B]`` tokens that were ever written to it.
+        written: ``[B]`` tokens so far that belong in it.
+        evicted: ``[B]`` those of them that have left it.
         sizes: of the cache.
     """
-    return Window(tier.keys[:, :, :, sizes.sink :], ring_tokens(written, sizes.ring))
+    tokens = ring_tokens(written, sizes.ring)
+    # The slot of one that has left may hold anything: a long pass skips it, a failed one writes.
+    tokens = torch.where(tokens >= evicted[:, None], tokens, -1)
+    return Window(tier.keys[:, :, :, sizes.sink :], tokens)
 
 
 def leaving_entries(tier: ExactTier, staged: Entries | None, moves: Moves) -> Entries:
