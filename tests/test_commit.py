@@ -256,4 +256,4 @@ def test_a_commit_takes_as_many_operations_for_any_number_of_layers(
     few, many = (most_kernels(layers, step, monkeypatch) for layers in (2, 12))
     # 320 without the search for codewords, which is many small operations on a CPU; a hundred are
     # of the one layer in ten that compares tokens with what the stream holds.
-    assert few == many <= 500
+    assert few == many <= 510
