@@ -232,11 +232,11 @@ class Binding:
         if self.compressor.needs_rotation:
             rotate = partial(rotate_to, self.kinds[layer_idx].scheme)
             context = replace(context, rotate=rotate, distance=sizes.recent)
-        compares = layer_idx in self._comparing
-        key = (layer_idx if context.is_layer_specific else -1, shape, dtype, compares)
+        is_asked = layer_idx in self._comparing
+        key = (layer_idx if context.is_layer_specific else -1, shape, dtype, is_asked)
         if key not in self._plans:
             plan = self._make_plan(self.compressor, context, sizes)
-            self._plans[key] = replace(plan, compares=compares)
+            self._plans[key] = replace(plan, compares=is_asked)
         return self._plans[key]
 
     @functools.cached_property

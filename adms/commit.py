@@ -152,14 +152,15 @@ class Commit:
 
     def _window(self, stack: LayerStack) -> Window:
         """The recent tokens before this commit, those that leave among them."""
-        timeline, view = self.timeline, self.view
-        written = [
-            seen + (new if view.in_ring else 0)
-            for seen, new in zip(timeline.seen, view.new, strict=True)
-        ]
+        timeline = self.timeline
+        written = [self._written(row) for row in range(timeline.batch_size)]
         counts = torch.tensor([written, timeline.evicted])
         counts = counts.to(stack.exact.keys.device, non_blocking=True)
         return ring_window(stack.exact, counts[0], counts[1], timeline.sizes)
+
+    def _written(self, row: int) -> int:
+        """Tokens of a row that lie in the ring or have, before this commit."""
+        return self.timeline.seen[row] + (self.view.new[row] if self.view.in_ring else 0)
 
     def _staying(self, layer: ADMSLayer, row: int) -> Entries:
         """One row's exact tokens after those that leave, in order ``[1, K, N, ...]``.
@@ -169,7 +170,7 @@ class Commit:
         if layer.exact is None:
             raise RuntimeError("a layer without tiers was asked for its window")
         sizes, device = self.timeline.sizes, layer.exact.keys.device
-        written = self.timeline.seen[row] + (self.view.new[row] if self.view.in_ring else 0)
+        written = self._written(row)
         # A pass longer than the window may push out tokens of its own: none of the ring stays.
         first = min(self.evicted_after[row], written)
         slots = sizes.sink + torch.arange(first, written, device=device) % sizes.ring

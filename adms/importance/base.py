@@ -92,8 +92,8 @@ class Evidence:
 
 # Entries and evidence -> scores [B, N], higher is more important. Rows know nothing of each other:
 # they are those of a batch, of several layers, or single heads. One that compares is called again
-# for the layers that are shown others. Where ranks share the heads between
-# them, their scores are added up.
+# for the layers that are shown others. Where ranks share the heads between them, their scores are
+# added up.
 Metric = Callable[[Entries, Evidence], torch.Tensor]
 
 METRICS: Registry[Metric] = Registry("importance metric")

@@ -16,7 +16,7 @@ from adms.compressors.base import Coder
 from adms.importance import Others
 from adms.kernels.choice import is_fused
 from adms.kernels.states import DTYPES, decode_by_tables
-from adms.tiers.middle import MiddlePlan
+from adms.tiers.middle import MiddlePlan, MiddleTier
 from adms.timeline import ring_tokens
 
 # Most records of codes that are decoded.
@@ -70,7 +70,7 @@ def others_of(
     coder = plan.coder
     if coder is None:
         raise RuntimeError("a middle without a coder was to be compared with")
-    records, places = _some_records(coder, data, tokens[:, 0] - sink)
+    records, places = _some_records(plan, coder, data, tokens[:, 0] - sink)
     header = data[:, : coder.header_bytes]
     # What attention reads codes by, where that is a kernel.
     fused = is_fused(data.device) and plan.dtype in DTYPES
@@ -88,18 +88,16 @@ def others_of(
 
 
 def _some_records(
-    coder: Coder, data: torch.Tensor, totals: torch.Tensor
+    plan: MiddlePlan, coder: Coder, data: torch.Tensor, totals: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Every few records ``[B, R, bytes]`` and their numbers ``[B, R]``, negative where none is.
 
     Args:
-        coder: of the codes.
+        plan, coder: of the layer's middle.
         data: ``[B, bytes]``.
         totals: ``[B]`` tokens that have been coded.
     """
     every = -(-coder.num_records // COMPARED_RECORDS)
-    end = coder.header_bytes + coder.num_records * coder.record_bytes
-    slots = data[:, coder.header_bytes : end].unflatten(1, (coder.num_records, coder.record_bytes))
     places = ring_tokens(totals // coder.block_tokens, coder.num_records)[:, ::every]
     # Bytes that are no codes could decode to anything.
-    return slots[:, ::every] * (places >= 0)[..., None], places
+    return MiddleTier(plan, data).records()[:, ::every] * (places >= 0)[..., None], places
