@@ -1,8 +1,8 @@
 """The tables of docs/middle-tier.md: every figure from an ``adms`` command in a folder of its own.
 
     python scripts/middle_tier_tables.py handbook.txt pydoc sotu.txt --output outputs/middle-tier
-        [--tables sizes,methods,compressors,settings,sinks,recall,texts,beyond] [--model smollm2]
-        [--devices cuda:0,cuda:1] [--jobs 8] [--list]
+        [--tables sizes,methods,compressors,settings,sinks,recall,capacity,texts,beyond]
+        [--model smollm2] [--devices cuda:0,cuda:1] [--jobs 8] [--list]
 
 ``--list`` prints the commands and runs none. The same call goes on where a kill or ``--limit``
 seconds left off. ``report.md`` has the tables of what is finished; below each stand its commands.
@@ -163,14 +163,20 @@ def sink_jobs(texts: Sequence[str]) -> Iterable[Job]:
 
 
 def question(
-    text: str, kind: str, length: int, methods: str, *more: str, most_stride: int = 24000
+    text: str,
+    kind: str,
+    length: int,
+    methods: str,
+    *more: str,
+    trials: int = 10,
+    most_stride: int = 24000,
 ) -> tuple[str, ...]:
-    """``adms passkey`` with ten questions a cell, in bfloat16: the long ones are for a GPU."""
+    """``adms passkey`` with so many questions a cell, in bfloat16: the long ones are for a GPU."""
     # Ten texts of 65,536 tokens that begin so far apart fit into 288,000.
     stride = min(length, most_stride)
-    trials = ["--trials", "10", "--together", "50", "--stride", str(stride)]
+    asked = ["--trials", str(trials), "--together", "50", "--stride", str(stride)]
     place = ["--text", text, "--kinds", kind, "--lengths", str(length), "--dtype", "bfloat16"]
-    return ("passkey", *place, *trials, "--methods", methods, *more)
+    return ("passkey", *place, *asked, "--methods", methods, *more)
 
 
 def recall_jobs(texts: Sequence[str]) -> Iterable[Job]:
@@ -187,6 +193,18 @@ def recall_jobs(texts: Sequence[str]) -> Iterable[Job]:
             chosen = ["--depths", FEW_DEPTHS, *with_settings(f"compressor_type={name}")]
             arguments = question(text, kind, length, "adms", *chosen)
             yield Job("recall", (kind, name), str(length), arguments)
+
+
+def capacity_jobs(texts: Sequence[str]) -> Iterable[Job]:
+    """What is lost within the capacity of some 2,170 tokens: 200 questions a cell, two texts."""
+    for text, (kind, length), (method, words) in itertools.product(
+        (texts[0], texts[-1]),
+        (("passkey", 1024), ("passkey", 2048), ("multikey", 2048)),
+        (("full", ""), ("adms", ""), ("adms", "importance_ratio=0.2")),
+    ):
+        options = ("--depths", DEPTHS, *with_settings(words))
+        arguments = question(text, kind, length, method, *options, trials=40)
+        yield Job("capacity", (short_name(text), words or method), f"{kind} {length}", arguments)
 
 
 def text_jobs(texts: Sequence[str]) -> Iterable[Job]:
@@ -224,6 +242,7 @@ TABLES: dict[str, Callable[[Sequence[str]], Iterable[Job]]] = {
     "settings": setting_jobs,
     "sinks": sink_jobs,
     "recall": recall_jobs,
+    "capacity": capacity_jobs,
     "texts": text_jobs,
     "beyond": beyond_jobs,
 }
@@ -435,7 +454,7 @@ def sink_table(jobs: list[Job], output: Path) -> list[Row]:
 
 
 def recall_table(jobs: list[Job], output: Path) -> list[Row]:
-    """One row a method, one column a length: right answers of ten by depth."""
+    """One row a method, one column a length: right answers by depth, of ten if not said."""
     cells: dict[tuple[str, ...], Row] = defaultdict(dict)
     for job in jobs:
         folder = output / job.name
@@ -465,6 +484,7 @@ SHOWN: dict[str, Callable[[list[Job], Path], list[Row]]] = {
     "settings": adms_table,
     "sinks": sink_table,
     "recall": recall_table,
+    "capacity": recall_table,
     "texts": recall_table,
     "beyond": recall_table,
 }

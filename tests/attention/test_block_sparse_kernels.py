@@ -257,7 +257,8 @@ def check_triton(device: str, dtype: torch.dtype, tolerance: float) -> None:
 
 def check_selection(device: str) -> None:
     """Compares the choice of blocks in one launch with its plain twin in float64."""
-    from adms.attention.block_sparse.selection_triton import block_summaries, choose_blocks
+    from adms.attention.block_sparse.selection_triton import choose_blocks
+    from adms.attention.block_sparse.summaries_triton import block_summaries
 
     # Rows and columns of blocks, head size, width, patterns.
     cases = [(5, 5, 8, 16, 2), (1, 37, 64, 40, 1), (9, 70, 20, 128, 3)]

@@ -332,7 +332,7 @@ def _takes_triton(x: Tensor) -> bool:
 def _summaries(x: Tensor, block_size: int, squares: bool) -> tuple[Tensor, Tensor]:
     """Means [B, H, J, D] of blocks of x [B, H, N, D], and if asked for mean squares, else none."""
     if _takes_triton(x):
-        from adms.attention.block_sparse.selection_triton import block_summaries, summaries_fit
+        from adms.attention.block_sparse.summaries_triton import block_summaries, summaries_fit
 
         if summaries_fit(x):
             return block_summaries(x, block_size, squares)

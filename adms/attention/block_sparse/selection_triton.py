@@ -1,11 +1,10 @@
-"""The choice of blocks in Triton: block means in one pass, then scores and the top-k of each row.
+"""The choice of blocks in Triton: scores and the top-k of each row.
 
 What `ImportanceScorer` and `hard_topk` do in some fifty launches, the pairs' hidden layer written
 out between them, one launch does without writing any of it. Those are the plain twin: the same up
 to rounding, which may decide between scores that are equal but for it. Forward only.
 
-Shapes: `B` batch, `H` heads, `N` tokens, `D` head size, `I` query blocks, `J` key blocks, `P`
-patterns.
+Shapes: `B` batch, `D` head size, `I` query blocks, `J` key blocks, `P` patterns.
 """
 
 import torch
@@ -18,8 +17,7 @@ from adms.kernels.choice import launching
 
 # A row's scores stay in registers.
 _MOST_KEY_BLOCKS = 2048
-_MOST_SIZE = 1024
-# Of a tile of tokens, or of features of a row's key blocks, at a time.
+# Of features of a row's key blocks at a time.
 _TILE_ELEMENTS = 8192
 _MOST_STEP = 32
 _MAPPED_ROWS = 16
@@ -29,39 +27,6 @@ def scores_fit(scorer: ImportanceScorer, key_blocks: int) -> bool:
     """Whether `choose_blocks` can compute this scorer's choice."""
     of_float32 = scorer.gain.dtype == torch.float32
     return of_float32 and len(scorer.layers) == 1 and key_blocks <= _MOST_KEY_BLOCKS
-
-
-def summaries_fit(x: Tensor) -> bool:
-    """Whether `block_summaries` can compute those of x [B, H, N, D]."""
-    halves = (torch.float16, torch.bfloat16, torch.float32)
-    return x.dtype in halves and x.shape[-1] <= _MOST_SIZE
-
-
-@launching
-def block_summaries(x: Tensor, block_size: int, squares: bool) -> tuple[Tensor, Tensor]:
-    """As `summarize_blocks` and, with `squares`, `block_mean_squares`: one pass over x."""
-    batch, heads, tokens, size = x.shape
-    blocks = -(-tokens // block_size)
-    means = torch.empty(batch, heads, blocks, size, dtype=torch.float32, device=x.device)
-    of_squares = means.new_empty(batch, heads, blocks if squares else 0, 1)
-    width = triton.next_power_of_2(size)
-    rows = min(triton.next_power_of_2(block_size), max(1, _TILE_ELEMENTS // width))
-    _summarize[(blocks, batch * heads)](
-        x,
-        means,
-        of_squares,
-        *x.stride(),
-        heads,
-        tokens,
-        blocks,
-        size,
-        BLOCK=block_size,
-        ROWS=rows,
-        WIDTH=width,
-        SQUARES=squares,
-        num_warps=4,
-    )
-    return means, of_squares
 
 
 @launching
@@ -145,49 +110,6 @@ def choose_blocks(
         num_warps=min(8, max(1, width // 32)),
     )
     return chosen, shares
-
-
-@triton.jit
-def _summarize(
-    x,
-    means,
-    squares,
-    stride_b,
-    stride_h,
-    stride_n,
-    stride_d,
-    heads,
-    tokens,
-    blocks,
-    size,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SQUARES: tl.constexpr,
-):
-    """One program means one block of one head."""
-    block = tl.program_id(0)
-    outer = tl.program_id(1).to(tl.int64)
-    inner = tl.arange(0, WIDTH)
-    start = x + (outer // heads) * stride_b + (outer % heads) * stride_h
-    end = tl.minimum(block * BLOCK + BLOCK, tokens)
-    total = tl.zeros([WIDTH], tl.float32)
-    square = tl.zeros([WIDTH], tl.float32)
-    for first in range(0, BLOCK, ROWS):
-        rows = block * BLOCK + first + tl.arange(0, ROWS)
-        part = tl.load(
-            start + rows[:, None].to(tl.int64) * stride_n + inner[None, :] * stride_d,
-            mask=(rows < end)[:, None] & (inner < size)[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        total += tl.sum(part, 0)
-        if SQUARES:
-            square += tl.sum(part * part, 0)
-    count = (end - block * BLOCK).to(tl.float32)
-    out = outer * blocks + block
-    tl.store(means + out * size + inner, total / count, mask=inner < size)
-    if SQUARES:
-        tl.store(squares + out, tl.sum(square, 0) / (count * size))
 
 
 @triton.jit
