@@ -10,7 +10,7 @@ from adms.errors import ADMSTypeError, ADMSValueError
 
 logger = logging.getLogger("adms")
 
-ANCHOR_MODES = ("grid", "mean", "hybrid")
+ANCHOR_MODES = ("grid", "mean", "hybrid", "near")
 # 1% of the longest context, rounded down: 2048 -> 20, 8192 -> 81, 16384 -> 163, 32768 -> 327.
 DYNAMIC_SINK_DIVISOR = 100
 MIN_RECENT = 1
@@ -47,7 +47,9 @@ class ADMSConfig:
         coverage_segments: equal spans of the text over which coverage is spread.
         coverage_priority: share of the exactly kept tokens that is spread over the segments.
         anchor_mode: where an entry sits that is older than the coded tokens or stands for several
-            tokens: "grid" (evenly spaced), "mean" (in proportion to the text), "hybrid" (halfway).
+            tokens: "grid" (evenly spaced), "mean" (in proportion to the text), "hybrid" (halfway),
+            "near" ("mean", but what is older than the coded tokens sits between them and the recent
+            ones: far facts are recalled better, perplexity is a little higher).
         enable_pos_shift: positions inside the cache (True) or of the text (False; a stream must
             then stay inside the trained length, except with ALiBi).
         prefill_chunk_size: most tokens of one forward pass through the layers; longer inputs are

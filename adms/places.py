@@ -1,6 +1,7 @@
 """Where retained entries sit in the cache, by formulas over counts that lie on the device.
 
-Retained entries sit in the order of the text at 0, 1, 2, ... The middle may hold more entries than
+Retained entries sit in the order of the text at 0, 1, 2, ... (anchor mode "near" is the exception:
+landmarks that outlived their codes stand behind all codes). The middle may hold more entries than
 the trained length leaves room for; its positions are then compressed into that room and become
 fractional. No position ever reaches the trained length.
 
@@ -82,7 +83,8 @@ class Places:
         geometry: of the middle; None where there is none.
         evicted: ``[R]`` int64, tokens that have left the recent tier.
         text_positions: use positions of the text instead of the cache's.
-        anchor_mode: where an entry for several tokens sits; see ``ADMSConfig``.
+        anchor_mode: where landmarks without a code and entries for several tokens sit; see
+            ``ADMSConfig``.
 
     Attributes:
         evicted: as a column ``[R, 1]``, like every count here.
@@ -181,7 +183,7 @@ class Places:
         match self.anchor_mode:
             case "grid":
                 return entries + self._old
-            case "mean":
+            case "mean" | "near":
                 return self.held + self._old
             case _:
                 return (entries + self.held).float() / 2 + self._old
@@ -196,6 +198,11 @@ class Places:
     def _scale(self) -> torch.Tensor:
         """Positions per token ``[R, 1]``, 1 unless the room is too small."""
         return self._span / self._wanted.clamp(min=1)
+
+    @property
+    def _before_codes(self) -> int | torch.Tensor:
+        """Positions ``[R, 1]``, unscaled, between sinks and codes."""
+        return 0 if self.anchor_mode == "near" else self._old
 
     def middle(self, width: int) -> MiddleView:
         """The first ``width`` entries in memory order, at least as many as any row holds."""
@@ -224,11 +231,11 @@ class Places:
         match self.anchor_mode:
             case "grid":
                 place = order.float()
-            case "mean":
+            case "mean" | "near":
                 place = tokens
             case _:
                 place = (order.float() + tokens) / 2
-        positions = sink + (self._old + place) * self._scale
+        positions = sink + (self._before_codes + place) * self._scale
         if self.text_positions:
             positions = self.first.float() + tokens
         valid = index < records * per_record
@@ -238,14 +245,19 @@ class Places:
         """Cache positions ``[B, M]`` of landmarks at text positions ``tokens``.
 
         One whose code is still held takes the code's place. Older ones share the span set aside
-        between sinks and codes: evenly ("grid"), in proportion to the text ("mean"), or halfway.
+        between sinks and codes: evenly ("grid"), in proportion to the text ("mean"), or halfway;
+        or, in proportion to the text, one between codes and recent tokens ("near").
         """
         if self.text_positions:
             return tokens.clamp(min=0).float()
         device, sink = tokens.device, self.sizes.sink
         scale, first = self._scale.to(device), self.first.to(device)
         span = self._old.to(device) * scale
-        among_codes = sink + span + (tokens - first).float() * scale
+        if self.anchor_mode == "near":
+            codes_start, old_start = sink, sink + self._span.to(device) - span
+        else:
+            codes_start, old_start = sink + span, sink
+        among_codes = codes_start + (tokens - first).float() * scale
         is_old = (tokens >= 0) & (tokens < first)
         rank = ranks(torch.where(is_old, tokens, 2**40).argsort(1)).float()
         count = is_old.sum(1, keepdim=True).clamp(min=1)
@@ -254,9 +266,9 @@ class Places:
         match self.anchor_mode:
             case "grid":
                 place = by_grid
-            case "mean":
+            case "mean" | "near":
                 place = by_mean
             case _:
                 place = (by_grid + by_mean) / 2
-        old = sink + place * span - 0.5 * (span > 0)
+        old = old_start + place * span - 0.5 * (span > 0)
         return torch.where(is_old, old, among_codes).clamp(min=0).float()

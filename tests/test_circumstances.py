@@ -69,7 +69,7 @@ def test_the_default_dtype_is_no_dtype_of_positions() -> None:
 # --- how long a stream is ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["grid", "mean", "hybrid"])
+@pytest.mark.parametrize("mode", ["grid", "mean", "hybrid", "near"])
 @pytest.mark.parametrize("tokens", [10**6, 2 * 10**7, 10**12])
 def test_positions_are_as_fine_however_long_the_stream(tokens: int, mode: str) -> None:
     model = tiny_llama()
