@@ -59,6 +59,9 @@ def test_landmarks_without_a_code_stand_before_all_codes_or_behind_them(
         if not len(alone):
             continue
         with_old += 1
+        # In proportion to a text of a million tokens, neighbours are as good as one position; they
+        # may be equal in float32, but never change their order.
+        assert (alone.diff() >= 0).all()
         assert (alone.diff() > 0).all() or (mode != "grid" and EVICTED[row] > 10**6)
         if mode == "near":
             assert codes[-1] < alone[0] and alone[-1] < start[row]
