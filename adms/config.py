@@ -49,7 +49,7 @@ class ADMSConfig:
         anchor_mode: where an entry sits that is older than the coded tokens or stands for several
             tokens: "grid" (evenly spaced), "mean" (in proportion to the text), "hybrid" (halfway),
             "near" ("mean", but what is older than the coded tokens sits between them and the recent
-            ones: far facts are recalled better, perplexity is a little higher).
+            ones: far facts are recalled much better, for a little perplexity).
         enable_pos_shift: positions inside the cache (True) or of the text (False; a stream must
             then stay inside the trained length, except with ALiBi).
         prefill_chunk_size: most tokens of one forward pass through the layers; longer inputs are
@@ -72,7 +72,7 @@ class ADMSConfig:
     use_adaptive_budget: bool = False
     coverage_segments: int = 4
     coverage_priority: float = 0.3
-    anchor_mode: str = "mean"
+    anchor_mode: str = "near"
     enable_pos_shift: bool = True
     prefill_chunk_size: int = 64
 

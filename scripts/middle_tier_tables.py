@@ -37,7 +37,7 @@ from adms.evaluation.statistics import gap_closed
 SIZES = {256: (124, 128), 512: (252, 256), 1024: (508, 512)}
 COMPRESSORS = ("low_rank", "auto", "quantized", "pq", "vq", "summary", "attention_matching")
 COMPARED = "full,window,streaming,adms"
-NEAR = "anchor_mode=near"
+MEAN = "anchor_mode=mean"
 # One parameter changed at a time; the names are those of ADMSConfig.
 SETTINGS = (
     *(
@@ -54,7 +54,7 @@ SETTINGS = (
     *("use_adaptive_budget=true", "enable_pos_shift=false"),
     *("compression_interval=1", "compression_interval=32"),
     *("prefill_chunk_size=16", "prefill_chunk_size=256"),
-    NEAR,
+    MEAN,
     *(f"compressor_type=vq anchor_mode={mode}" for mode in ("mean", "grid", "hybrid")),
 )
 DEPTHS, FEW_DEPTHS = "0.1,0.3,0.5,0.7,0.9", "0.1,0.5,0.9"
@@ -192,12 +192,16 @@ def recall_jobs(texts: Sequence[str]) -> Iterable[Job]:
             arguments = question(text, kind, length, method, *depths)
             yield Job("recall", (kind, method), str(length), arguments)
         if length > 2048:  # before that nothing is older than all codes
-            arguments = question(text, kind, length, "adms", *depths, *with_settings(NEAR))
-            yield Job("recall", (kind, NEAR), str(length), arguments)
+            arguments = question(text, kind, length, "adms", *depths, *with_settings(MEAN))
+            yield Job("recall", (kind, MEAN), str(length), arguments)
         for name in COMPRESSORS[1:]:
-            chosen = ["--depths", FEW_DEPTHS, *with_settings(f"compressor_type={name}")]
+            words = f"compressor_type={name}"
+            chosen = ["--depths", FEW_DEPTHS, *with_settings(words)]
             arguments = question(text, kind, length, "adms", *chosen)
             yield Job("recall", (kind, name), str(length), arguments)
+            if length > 2048:
+                arguments = (*arguments, *with_settings(MEAN))
+                yield Job("recall", (kind, f"{name} {MEAN}"), str(length), arguments)
 
 
 def capacity_jobs(texts: Sequence[str]) -> Iterable[Job]:
