@@ -253,10 +253,12 @@ class Places:
         device, sink = tokens.device, self.sizes.sink
         scale, first = self._scale.to(device), self.first.to(device)
         span = self._old.to(device) * scale
-        codes_start: int | torch.Tensor = sink + span
-        old_start: int | torch.Tensor = sink
+        codes_start: int | torch.Tensor
+        old_start: int | torch.Tensor
         if self.anchor_mode == "near":
             codes_start, old_start = sink, sink + self._span.to(device) - span
+        else:
+            codes_start, old_start = sink + span, sink
         among_codes = codes_start + (tokens - first).float() * scale
         is_old = (tokens >= 0) & (tokens < first)
         rank = ranks(torch.where(is_old, tokens, 2**40).argsort(1)).float()
