@@ -199,7 +199,7 @@ def recall_jobs(texts: Sequence[str]) -> Iterable[Job]:
             chosen = ["--depths", FEW_DEPTHS, *with_settings(words)]
             arguments = question(text, kind, length, "adms", *chosen)
             yield Job("recall", (kind, name), str(length), arguments)
-            if length > 2048:
+            if length > 1024:  # most of these hold fewer tokens than the default
                 arguments = (*arguments, *with_settings(MEAN))
                 yield Job("recall", (kind, f"{name} {MEAN}"), str(length), arguments)
 
