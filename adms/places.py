@@ -108,10 +108,14 @@ class Places:
     # --- the exact tiers -------------------------------------------------------------------------
 
     @functools.cached_property
+    def _sinks_end(self) -> torch.Tensor:
+        """``[R, 1]`` float, where the sinks end; the middle begins there."""
+        return self.evicted.clamp(max=self.sizes.sink).float()
+
+    @functools.cached_property
     def recent_start(self) -> torch.Tensor:
         """``[R, 1]`` float, where the recent tier begins."""
-        sinks = self.evicted.clamp(max=self.sizes.sink).float()
-        return sinks if self.geometry is None else sinks + self._span
+        return self._sinks_end if self.geometry is None else self._sinks_end + self._span
 
     def exact(self, tokens: torch.Tensor) -> torch.Tensor:
         """Positions ``[R, N]`` of exact slots with these text positions."""
@@ -199,14 +203,26 @@ class Places:
         """Positions per token ``[R, 1]``, 1 unless the room is too small."""
         return self._span / self._wanted.clamp(min=1)
 
-    @property
-    def _before_codes(self) -> int | torch.Tensor:
-        """Positions ``[R, 1]``, unscaled, between sinks and codes."""
-        return 0 if self.anchor_mode == "near" else self._old
+    @functools.cached_property
+    def _old_span(self) -> torch.Tensor:
+        """Positions ``[R, 1]`` that landmarks without a code take."""
+        return self._old * self._scale
+
+    @functools.cached_property
+    def _old_start(self) -> torch.Tensor:
+        """``[R, 1]``, where those begin: before all codes, or behind them."""
+        near = self.anchor_mode == "near"
+        return self.recent_start - self._old_span if near else self._sinks_end
+
+    @functools.cached_property
+    def _codes_start(self) -> torch.Tensor:
+        """``[R, 1]``, where codes begin."""
+        near = self.anchor_mode == "near"
+        return self._sinks_end if near else self._sinks_end + self._old_span
 
     def middle(self, width: int) -> MiddleView:
         """The first ``width`` entries in memory order, at least as many as any row holds."""
-        geometry, sink = self._middle, self.sizes.sink
+        geometry = self._middle
         block, per_record, records = self._block, self._per_record, self.records
         index = torch.arange(width, device=self.evicted.device)
         last = self.total // block - 1
@@ -235,7 +251,7 @@ class Places:
                 place = tokens
             case _:
                 place = (order.float() + tokens) / 2
-        positions = sink + (self._before_codes + place) * self._scale
+        positions = self._codes_start + place * self._scale
         if self.text_positions:
             positions = self.first.float() + tokens
         valid = index < records * per_record
@@ -252,14 +268,7 @@ class Places:
             return tokens.clamp(min=0).float()
         device, sink = tokens.device, self.sizes.sink
         scale, first = self._scale.to(device), self.first.to(device)
-        span = self._old.to(device) * scale
-        codes_start: int | torch.Tensor
-        old_start: int | torch.Tensor
-        if self.anchor_mode == "near":
-            codes_start, old_start = sink, sink + self._span.to(device) - span
-        else:
-            codes_start, old_start = sink + span, sink
-        among_codes = codes_start + (tokens - first).float() * scale
+        among_codes = self._codes_start.to(device) + (tokens - first).float() * scale
         is_old = (tokens >= 0) & (tokens < first)
         rank = ranks(torch.where(is_old, tokens, 2**40).argsort(1)).float()
         count = is_old.sum(1, keepdim=True).clamp(min=1)
@@ -272,5 +281,6 @@ class Places:
                 place = by_mean
             case _:
                 place = (by_grid + by_mean) / 2
-        old = old_start + place * span - 0.5 * (span > 0)
+        span = self._old_span.to(device)
+        old = self._old_start.to(device) + place * span - 0.5 * (span > 0)
         return torch.where(is_old, old, among_codes).clamp(min=0).float()
