@@ -82,6 +82,17 @@ def folder_config(evaluation: Evaluation, calibration: Any = None) -> dict[str, 
     return {**evaluation.to_dict(), "calibrated": calibration is not None}
 
 
+def finished_before(evaluation: Evaluation, folder: Path) -> tuple[int, int]:
+    """How many of a run's results are in its folder already, and how many it has.
+
+    Raises:
+        ADMSValueError: the folder holds those of another configuration.
+    """
+    target = RunFolder(folder, folder_config(evaluation))
+    done = [target.is_done(unit.key) for unit in plan(evaluation)]
+    return sum(done), len(done)
+
+
 def forget(folder: Path) -> None:
     """Deletes what a run finished, and nothing that is not a run's."""
     (folder / SUMMARY).unlink(missing_ok=True)

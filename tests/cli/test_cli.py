@@ -32,8 +32,18 @@ def test_eval(place: list[object], tmp_path: Path) -> None:
         "eval", *place, *SIZES, "--tokens", 150, "--output", tmp_path, "--methods", "streaming,adms"
     )
     assert result.exit_code == 0, result.output
-    assert "ADMS 2+40+16" in result.output
+    assert "ADMS 2+40+16" in result.output and "earlier run" not in result.output
     assert (tmp_path / "report.md").is_file() and (tmp_path / "rows.csv").is_file()
+
+
+def test_results_of_an_earlier_run_are_said_to_be_such(place: list[object], tmp_path: Path) -> None:
+    command = ("eval", *place, *SIZES, "--tokens", 150, "--output", tmp_path, "--methods")
+    invoke(*command, "streaming,adms")
+    next((tmp_path / "items").glob("perplexity__adms__*.json")).unlink()
+    again = invoke(*command, "streaming,adms")
+    assert "1 of 2 results are from an earlier run" in again.output.replace("\n", " ")
+    forced = invoke(*command, "streaming,adms", "--force")
+    assert forced.exit_code == 0 and "earlier run" not in forced.output
 
 
 def test_bench(place: list[object], tmp_path: Path) -> None:
