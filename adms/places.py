@@ -74,6 +74,23 @@ class MiddleView:
     valid: torch.Tensor
     order: torch.Tensor
 
+    def hidden(self, marks: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+        """Which valid entries ``[B, N]`` landmarks hold too, so that they would count twice.
+
+        For entries of one token each. What it says of other entries means nothing. Numbers stay
+        exact however long the stream, and take no ``[B, N, M]``.
+
+        Args:
+            marks: ``[B, M]`` text positions of landmarks, -1 where a slot is empty.
+            first: as of ``Places``.
+        """
+        count = self.num_entries
+        # One number more than entries have, for landmarks without a code.
+        numbers = torch.where(marks >= first, marks - first, count).clamp(max=count).long()
+        marked = torch.zeros(len(marks), count + 1, dtype=torch.bool, device=marks.device)
+        marked.scatter_(1, numbers, True)
+        return marked.gather(1, self.order.long().clamp(0, count).expand(len(marks), -1))
+
 
 class Places:
     """Cache positions of everything that layers of one geometry retain.

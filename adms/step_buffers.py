@@ -86,23 +86,8 @@ def hold(
         return held
     held.mark_positions, held.mark_valid = places.landmarks(marks), marks >= 0
     if geometry.entries_per_record == geometry.block_tokens:
-        # Counted from the oldest token that has a code, which stays exact however long the stream.
-        hidden = torch.where(held.mark_valid, marks - places.first, -1)
-        order = torch.where(found.valid, found.order, -1)
-        held.valid = held.valid & ~_is_among(order.long(), hidden)
+        held.valid = held.valid & ~found.hidden(marks, places.first)
     return held
-
-
-def _is_among(order: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """Which of the numbers ``[R, N]`` are among ``[B, M]``: ``[B, N]``; negative ones never are."""
-    rows, count = hidden.shape[0], order.shape[1]
-    # One place more than there are numbers, for what is no number of an entry.
-    marked = torch.zeros(rows, count + 1, dtype=torch.bool, device=order.device)
-    index = torch.where((hidden >= 0) & (hidden < count), hidden, count).long()
-    marked.scatter_(1, index, True)
-    marked[:, count] = False
-    index = torch.where(order >= 0, order, count).expand(rows, -1)
-    return marked.gather(1, index)
 
 
 @dataclasses.dataclass

@@ -195,9 +195,7 @@ def _make_places(
             marks = layer.middle.landmark_tokens().to(view.device)
             there = marks >= 0
             positions.append(view.places(geometry).landmarks(marks))
-            first = view.places(geometry).first
-            hidden = middle.tokens[:, :, None] == torch.where(there, marks - first, -1)[:, None]
-            shown += [seen & ~hidden.any(2), there]
+            shown += [seen & ~middle.hidden(marks, view.places(geometry).first), there]
         else:
             shown.append(seen)
     rows = max(part.shape[0] for part in [*positions, *shown] if part is not None)
