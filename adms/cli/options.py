@@ -14,7 +14,7 @@ from adms.evaluation.models import SMOLLM2
 from adms.evaluation.processes import this_process
 from adms.evaluation.report import display, title, without_empty
 from adms.evaluation.run_folder import Row, command_line
-from adms.evaluation.runner import finished_before, run_evaluation
+from adms.evaluation.runner import run_evaluation
 from adms.evaluation.settings import Evaluation
 from adms.evaluation.texts import PYDOC
 
@@ -158,16 +158,7 @@ def adms_config(
 
 
 def run_and_show(evaluation: Evaluation, output: Path, force: bool) -> list[Row]:
-    """Runs an evaluation, prints its tables and says where its files are, and which are old."""
-    if this_process().is_main_process and output.is_dir() and not force:
-        done, total = finished_before(evaluation, output)
-        if done:
-            # Else figures of code that has changed since would pass for new ones.
-            console().print(
-                f"{done} of {total} results are from an earlier run in {output}; --force measures "
-                "them again",
-                markup=False,
-            )
+    """Runs an evaluation, prints its tables and says where its files are."""
     summary = run_evaluation(evaluation, output, command=command_line(), force=force)
     if this_process().is_main_process:
         for task in evaluation.tasks:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from adms.errors import ADMSError
-from adms.evaluation.console import progress
+from adms.evaluation.console import console, progress
 from adms.evaluation.models import load_model
 from adms.evaluation.processes import this_process
 from adms.evaluation.report import write_report
@@ -52,6 +52,14 @@ def run_evaluation(
         target = RunFolder(folder, folder_config(evaluation, calibration))
     units = plan(evaluation)
     keys = [unit.key for unit in units]
+    kept = sum(map(target.is_done, keys))
+    if kept and state.is_main_process:
+        # Else figures of code that has changed since would pass for new ones.
+        console().print(
+            f"{kept} of {len(keys)} results are from an earlier run in {folder}; forced, they are "
+            "measured again",
+            markup=False,
+        )
     # Dealt from the whole plan: what is open changes while the others work.
     dealt = units[state.process_index :: state.num_processes]
     mine = [unit for unit in dealt if not target.is_done(unit.key)]
@@ -80,17 +88,6 @@ def run_evaluation(
 def folder_config(evaluation: Evaluation, calibration: Any = None) -> dict[str, Any]:
     """What decides a run's results, for its folder."""
     return {**evaluation.to_dict(), "calibrated": calibration is not None}
-
-
-def finished_before(evaluation: Evaluation, folder: Path) -> tuple[int, int]:
-    """How many of a run's results are in its folder already, and how many it has.
-
-    Raises:
-        ADMSValueError: the folder holds those of another configuration.
-    """
-    target = RunFolder(folder, folder_config(evaluation))
-    done = [target.is_done(unit.key) for unit in plan(evaluation)]
-    return sum(done), len(done)
 
 
 def forget(folder: Path) -> None:
