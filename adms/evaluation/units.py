@@ -4,6 +4,9 @@ A piece's result depends on its key and the run's configuration alone, so proces
 in any order and the rows come out the same.
 """
 
+import copy
+import dataclasses
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,8 +37,6 @@ from adms.evaluation.stream import answer, check_length, read, read_only
 from adms.evaluation.texts import collect_ids, decode_ids
 
 Progress = Callable[[int], object]
-# By number and depth.
-Trials = dict[tuple[int, float], needles.Trial]
 
 # Methods that can read several texts as rows of a batch.
 READS_ROWS = (ADMS, STREAMING, FULL, WINDOW)
@@ -114,6 +115,13 @@ def _answer_as_it_is(method: Method, device: torch.device) -> None:
         method.cache.refuse_steps("an answer would not repay what a capture costs")
 
 
+def _of_rows(method: Method, rows: list[int]) -> Method:
+    """Some rows of what a method has read, in a cache of their own."""
+    cache = copy.deepcopy(method.cache)
+    cache.batch_select_indices(torch.tensor(rows))
+    return dataclasses.replace(method, cache=cache)
+
+
 def _parts(texts: list[tuple[int, float]], size: int) -> list[tuple[tuple[int, float], ...]]:
     return [tuple(texts[start : start + size]) for start in range(0, len(texts), size)]
 
@@ -176,45 +184,24 @@ class Bench:
         self._chunk(unit)
         for sample, _ in unit.texts:
             self._text(unit, sample)
-        rows: list[Row] = []
-        arrays: Arrays = {}
         try:
-            for trials in self._alike(unit):
-                with open_method(
-                    self.model,
-                    unit.method,
-                    unit.config,
-                    streaming_recent=streaming,
-                    calibration=own,
-                ) as method:
-                    if trials:
-                        _answer_as_it_is(method, self.model.device)
-                    row["label"] = method.label
-                    found, arrays = self._measure(unit, method, trials, on_chunk)
-                    rows += [{**row, **one} for one in found]
+            with open_method(
+                self.model,
+                unit.method,
+                unit.config,
+                streaming_recent=streaming,
+                calibration=own,
+            ) as method:
+                row["label"] = method.label
+                found, arrays = self._measure(unit, method, on_chunk)
         except (ADMSValueError, UnsupportedModelError) as error:
             if unit.method in (ADMS, STREAMING):
                 raise
             row.setdefault("label", unit.method)
             return [{**row, "note": str(error)}], {}
-        order = {text: place for place, text in enumerate(unit.texts)}
-        rows.sort(key=lambda one: order.get((one.get("sample", 0), one.get("depth", 0.0)), 0))
-        return rows, arrays
+        return [{**row, **one} for one in found], arrays
 
-    def _alike(self, unit: Unit) -> list[Trials]:
-        """The trials of a piece of work, those together that can be rows of a batch."""
-        if unit.task in (PERPLEXITY, SPEED):
-            return [{}]
-        groups: dict[tuple[int, int], Trials] = {}
-        for sample, depth in unit.texts:
-            trial = self._trial(unit, sample, depth)
-            lengths = trial.text.shape[1], trial.question.shape[1]
-            groups.setdefault(lengths, {})[sample, depth] = trial
-        return list(groups.values())
-
-    def _measure(
-        self, unit: Unit, method: Method, trials: Trials, on_chunk: Progress
-    ) -> tuple[list[Row], Arrays]:
+    def _measure(self, unit: Unit, method: Method, on_chunk: Progress) -> tuple[list[Row], Arrays]:
         match unit.task:
             case "perplexity":
                 return self._perplexity(unit, method, on_chunk)
@@ -222,7 +209,7 @@ class Bench:
                 row, arrays = self._speed(unit, method, on_chunk)
                 return [row], arrays
             case _:
-                return self._retrieval(unit, method, trials, on_chunk), {}
+                return self._retrieval(unit, method, on_chunk), {}
 
     def _text(self, unit: Unit, sample: int) -> torch.Tensor:
         """``[1, tokens]`` that a piece of work reads; every sample and trial has its own."""
@@ -260,39 +247,52 @@ class Bench:
         arrays = {"losses": trace.losses, "tokens": np.asarray(trace.tokens), "nbytes": nbytes}
         return rows, arrays
 
-    def _retrieval(
-        self, unit: Unit, method: Method, trials: Trials, on_chunk: Progress
-    ) -> list[Row]:
-        answer_tokens = max(
-            needles.answer_tokens(self.tokenizer, trial.answer) for trial in trials.values()
-        )
+    def _retrieval(self, unit: Unit, method: Method, on_chunk: Progress) -> list[Row]:
+        trials = [self._trial(unit, sample, depth) for sample, depth in unit.texts]
+        answer_tokens = max(needles.answer_tokens(self.tokenizer, one.answer) for one in trials)
         # The answer's last token is read by nobody.
         check_length(method, unit.length + answer_tokens - 1)
         chunk = self._chunk(unit)
-        texts = torch.cat([trial.text for trial in trials.values()])
-        held = []
+        # Questions differ by a few tokens, and their texts with them. What is as long in all of
+        # them is read as rows of one batch, in the chunks that each would be read in alone.
+        alike: dict[int, list[int]] = defaultdict(list)
+        for row, trial in enumerate(trials):
+            alike[trial.text.shape[1]].append(row)
+        shared = min(alike)
+        if len(alike) > 1:
+            shared -= shared % chunk
+        _answer_as_it_is(method, self.model.device)
+        texts = torch.cat([trial.text[:, :shared] for trial in trials])
+        held = 0
         for read_tokens, nbytes in read_only(self.model, method, texts, chunk=chunk):
             on_chunk(read_tokens)
-            held.append(nbytes)
-        produced = answer(
-            self.model,
-            method,
-            torch.cat([trial.question for trial in trials.values()]),
-            chunk=chunk,
-            max_new_tokens=answer_tokens,
-        )
+            held = max(held, nbytes // len(trials))
+        replies: dict[int, torch.Tensor] = {}
+        for rows in alike.values():
+            own = method if len(alike) == 1 else _of_rows(method, rows)
+            rest = torch.cat([trials[row].text[:, shared:] for row in rows])
+            for _, nbytes in read_only(self.model, own, rest, chunk=chunk):
+                held = max(held, nbytes // len(rows))
+            produced = answer(
+                self.model,
+                own,
+                torch.cat([trials[row].question for row in rows]),
+                chunk=chunk,
+                max_new_tokens=answer_tokens,
+            )
+            replies.update(zip(rows, produced, strict=True))
         return [
             {
                 "sample": sample,
                 "chunk": chunk,
                 "depth": depth,
-                "correct": needles.is_correct(self.tokenizer, ids, trial.answer),
+                "correct": needles.is_correct(self.tokenizer, replies[row], trial.answer),
                 "expected": trial.answer,
-                "reply": " ".join(decode_ids(self.tokenizer, ids).split()),
-                "cache_bytes": max(held) // len(trials),
+                "reply": " ".join(decode_ids(self.tokenizer, replies[row]).split()),
+                "cache_bytes": held,
                 "max_bytes": method.max_nbytes,
             }
-            for ((sample, depth), trial), ids in zip(trials.items(), produced, strict=True)
+            for row, ((sample, depth), trial) in enumerate(zip(unit.texts, trials, strict=True))
         ]
 
     def _trial(self, unit: Unit, sample: int, depth: float) -> needles.Trial:
